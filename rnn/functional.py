@@ -32,7 +32,7 @@ def tf32_allowed() -> bool:
 
 
 def choose(
-    backend: Backend,
+    backend: str,
     cell: str,
     hidden_size: int,
     batch: int,
@@ -175,6 +175,21 @@ def recurrent_weight_gradient(
     return torch.stack(gradients)
 
 
+def run(
+    x_gates: Tensor,  # (T, B, D * G * H)
+    h0: Tensor,  # (D, B, H)
+    weight_hh: Tensor,  # (D, G * H, H)
+    lengths: Tensor | None,  # (B,)
+    cell: str,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence on tensors that were checked before: output (T, B, D * H), h_n (D, B, H)."""
+    D, B, H = h0.shape
+    found = choose(backend, cell, H, B, D, x_gates.dtype, x_gates.device)
+    return Recurrence.apply(x_gates, h0, weight_hh, lengths, cell, reverse, found)
+
+
 def check_lengths(lengths: Tensor, T: int, B: int) -> None:
     """Raise TypeError or ValueError unless lengths is (B,) of int32 or int64, each in [0, T].
 
@@ -270,6 +285,5 @@ def recurrence(
     if lengths is not None:
         check_lengths(lengths, T, B)
         lengths = lengths.to(x_gates.device, non_blocking=True)
-    found = choose(backend, cell, H, B, D, x_gates.dtype, x_gates.device)
-    output, h_n = Recurrence.apply(x_gates, h0, weight_hh, lengths, cell, reverse, found)
+    output, h_n = run(x_gates, h0, weight_hh, lengths, cell, reverse, backend)
     return output, h_n if stacked else h_n.squeeze(0)

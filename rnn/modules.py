@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .functional import BACKENDS, check_lengths, choose, recurrence
+from .functional import BACKENDS, check_lengths, choose, run
 from .kernels.plan import NoPlan
 
 
@@ -123,19 +123,20 @@ class RNN(torch.nn.RNN):
         for layer in range(self.num_layers):
             weight_ih, weight_hh, bias = self._weights(layer, dtype)
             x_gates = F.linear(x, weight_ih, bias)
-            output, h_n = recurrence(
+            output, h_n = run(
                 x_gates.transpose(0, 1) if batch_first else x_gates,
                 h0[layer * D : (layer + 1) * D],
                 weight_hh,
-                cell=self.cell,
-                lengths=lengths,
-                backend=self.backend,  # type: ignore[arg-type]
+                lengths,
+                self.cell,
+                reverse=False,
+                backend=self.backend,
             )
             x = output.transpose(0, 1) if batch_first else output
             states.append(h_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, torch.cat(states)
+        return x, states[0] if len(states) == 1 else torch.cat(states)
 
     def _weights(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """(D*G*H, I), (D, G*H, H) and (D*G*H,): the directions of a layer, one after the other."""
@@ -192,7 +193,7 @@ def explain(module: RNN, input: Tensor | PackedSequence) -> str:
         dtype = torch.get_autocast_dtype(tensor.device.type)
     D = 2 if module.bidirectional else 1
     found = choose(
-        module.backend,  # type: ignore[arg-type]
+        module.backend,
         module.cell,
         module.hidden_size,
         batch,
