@@ -50,14 +50,14 @@ def gather(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """The whole of what the slices published, as CHUNKS tiles of (CHUNK, rows)."""
-    other = tl.where(alive, 0.0, float("nan"))
+    """The whole of what the slices published, as CHUNKS tiles of (CHUNK, rows); NaN if they did
+    not all come."""
     tiles = ()
     for c in tl.static_range(CHUNKS):
         units = c * CHUNK + tl.arange(0, CHUNK)[:, None]
-        mask = (units < H) & row_mask & alive
+        mask = (units < H) & row_mask
         tile = tl.load(part_ptr + row_offsets + units, mask=mask, other=0.0, cache_modifier=".cg")
-        tiles += (tl.where(alive, tile, other.to(tile.dtype)),)
+        tiles += (tl.where(alive, tile, float("nan")),)
     return tiles
 
 

@@ -112,7 +112,7 @@ def plan(
         found
         for slices in (1, 2, 4, 8, 16, 32, 64)
         if (
-            found := _plan_slices(
+            found := plan_slices(
                 slices, gates, hidden_size, block_h, batch, directions, dtype, parts, limits
             )
         )
@@ -126,7 +126,7 @@ def plan(
     return min(plans, key=lambda p: len(p.grids()) * p.clocks)
 
 
-def _plan_slices(
+def plan_slices(
     slices: int,
     gates: int,
     hidden_size: int,

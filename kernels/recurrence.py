@@ -162,11 +162,11 @@ def forward_kernel(
     weight_hh_ptr += direction * GATES * H * H
     weights = load_weights(weight_hh_ptr, units, H, 1, GATES, PARTS, H, CHUNK, CHUNKS)
     state_h = tl.load(h0_ptr + state_rows + units, mask=mask, other=0.0)
-    alive = True
+    alive = tl.full((), True, tl.int1)
     if SLICES == 1:
         h = (state_h,)
     else:
-        h = gather(h0_ptr, state_rows, rows < B, True, H, CHUNK, CHUNKS)
+        h = gather(h0_ptr, state_rows, rows < B, alive, H, CHUNK, CHUNKS)
         flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
@@ -257,7 +257,7 @@ def reverse_kernel(
         d_h = tl.load(d_h_n_ptr + state_rows + units, mask=mask, other=0.0).to(tl.float32)
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
-    alive = True
+    alive = tl.full((), True, tl.int1)
     if SLICES > 1:
         flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
 
