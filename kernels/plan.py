@@ -12,6 +12,8 @@ import torch
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIN_BLOCK_H = 16  # tl.dot sums over no fewer than this
 VECTOR = 16  # bytes of the widest access of one thread
+SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
+L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
 
 
 class Limits(NamedTuple):
@@ -20,6 +22,7 @@ class Limits(NamedTuple):
     name: str
     sram: int  # bytes of shared memory that one block may use
     sms: int  # streaming multiprocessors
+    cooperative: bool  # blocks of one launch may wait for each other
     matrix_unit: str  # "mma" (operands from registers), "wgmma" (sm_90) or "tcgen05" (sm_100)
 
 
@@ -36,28 +39,37 @@ class NoPlan(NamedTuple):
 class Plan:
     """How both kernels of one layer are launched. str(plan) says it in a line."""
 
-    block_h: int  # hidden units of a tile: H padded to a power of two
+    block_h: int  # hidden units, padded to a power of two
     block_b: int  # batch rows of a tile
     tiles: int  # batch tiles
+    tiles_at_once: int  # of one launch: sliced blocks wait for each other, so all must be resident
     slices: int  # blocks that share one W_hh
+    chunks: int  # pieces that the sum over hidden units is cut into
     directions: int
     parts: int  # tf32 tiles that one float32 tile of W_hh is split into; 1 for 16-bit dtypes
     num_warps: int
     num_stages: int
-    sram: int  # bytes, an upper bound of what the compiler allocates
+    sram: int  # bytes of a block, an upper bound of what the compiler allocates
+    clocks: int  # of one step by the model below: not measured
     limits: Limits
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        # Batch tiles come first: only the first axis of a CUDA grid reaches beyond 65,535.
-        return self.tiles, self.slices, self.directions
+    def grids(self) -> list[tuple[int, tuple[int, int, int]]]:
+        """(first batch tile, grid) of each launch. Batch tiles are the first axis: only that one
+        reaches beyond 65,535 on CUDA."""
+        return [
+            (first, (min(self.tiles_at_once, self.tiles - first), self.slices, self.directions))
+            for first in range(0, self.tiles, self.tiles_at_once)
+        ]
 
     def __str__(self) -> str:
+        launches = len(self.grids())
         return (
-            f"W_hh stays in the SRAM of one block, {self.sram / 1024:.0f} of "
-            f"{self.limits.sram / 1024:.0f} KiB ({self.limits.name}); {self.tiles} batch tile(s) x "
-            f"{self.directions} direction(s) on {self.limits.sms} SMs; tile {self.block_h} units x "
-            f"{self.block_b} rows, {self.num_warps} warps" + (", tf32x3" if self.parts == 2 else "")
+            f"W_hh stays in the SRAM of {self.slices} block(s), {self.sram / 1024:.0f} of "
+            f"{self.limits.sram / 1024:.0f} KiB each ({self.limits.name}); {self.tiles} batch "
+            f"tile(s) x {self.directions} direction(s) on {self.limits.sms} SMs"
+            + (f" in {launches} launches" if launches > 1 else "")
+            + f"; tile {self.block_h // self.slices} units x {self.block_b} rows, "
+            f"{self.num_warps} warps" + (", tf32x3" if self.parts == 2 else "")
         )
 
 
@@ -70,7 +82,9 @@ def device_limits(device: torch.device) -> Limits | NoPlan:
     unit = (
         {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if torch.version.hip is None else "mma"
     )
-    return Limits(props.name, sram, props.multi_processor_count, unit)
+    # On ROCm nobody has shown that a block may wait for another one's store.
+    cooperative = torch.version.hip is None
+    return Limits(props.name, sram, props.multi_processor_count, cooperative, unit)
 
 
 @lru_cache(maxsize=4096)
@@ -92,37 +106,79 @@ def plan(
     if dtype not in ITEMSIZE:
         known = ", ".join(str(d).removeprefix("torch.") for d in ITEMSIZE)
         return NoPlan(f"the kernels take {known}, got {name}")
-    itemsize = ITEMSIZE[dtype]
     parts = 2 if dtype == torch.float32 and not tf32 else 1
     block_h = max(MIN_BLOCK_H, 1 << (hidden_size - 1).bit_length())
-    weights = gates * block_h * block_h * itemsize
-    tile = block_h * 16 * itemsize
+    plans = [
+        found
+        for slices in (1, 2, 4, 8, 16, 32, 64)
+        if (
+            found := plan_slices(
+                slices, gates, hidden_size, block_h, batch, directions, dtype, parts, limits
+            )
+        )
+    ]
+    if not plans:
+        return NoPlan(
+            f"W_hh of hidden size {hidden_size} in {name}{' (tf32x3)' if parts == 2 else ''}, "
+            f"padded to {block_h}, fits the SRAM of no number of blocks that {limits.name} holds "
+            f"at once ({limits.sms} of {limits.sram / 1024:.0f} KiB)"
+        )
+    return min(plans, key=lambda p: len(p.grids()) * p.clocks)
+
+
+def plan_slices(
+    slices: int,
+    gates: int,
+    hidden_size: int,
+    block_h: int,
+    batch: int,
+    directions: int,
+    dtype: torch.dtype,
+    parts: int,
+    limits: Limits,
+) -> Plan | None:
+    """The plan with this many slices, or None where it does not fit."""
+    block_s = block_h // slices
+    if block_s < MIN_BLOCK_H or slices * directions > limits.sms:
+        return None
+    if slices > 1 and not limits.cooperative:
+        return None
+    itemsize = ITEMSIZE[dtype]
     # Where a row of H units is no whole number of vectors, each element takes a register and an
     # access of its own; with the fragments of W_hh that mma holds, 16 rows would not fit.
     ragged = hidden_size * itemsize % VECTOR != 0
     block_b = 8 if ragged and limits.matrix_unit == "mma" else 16
-    # One vector for each thread and step, as far as the warps go; two parts of W_hh need the
-    # registers of twice as many threads as there could then be, and tcgen05 serves 4 or 8 warps.
-    num_warps = min(max(tile // (32 * VECTOR), 4), 16 // parts)
-    if limits.matrix_unit == "tcgen05" and block_h >= 64:
+    # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma and
+    # tcgen05 read theirs from shared memory, given 64 rows of W_hh.
+    wide = limits.matrix_unit != "mma" and block_s >= 64
+    chunk = min(block_h, 128 if parts == 2 and slices > 1 else 256 if not wide else 1024)
+    # One vector for each thread and step, as far as the warps go; two parts of W_hh, or the
+    # whole of h beside a slice, need the registers of twice as many threads as there could be.
+    num_warps = min(max(block_s * 16 * itemsize // (32 * VECTOR), 4), 16 // parts)
+    if slices > 1 or (limits.matrix_unit == "tcgen05" and block_h >= 64):
         num_warps = 8
     # Beside W_hh lie h as an operand, the tiles on their way between register layouts, barriers.
-    sram = parts * (weights + 2 * tile) + 1024
+    weights = gates * block_s * block_h * itemsize
+    operand, tile = block_h * 16 * itemsize, block_s * 16 * itemsize
+    sram = parts * (weights + operand + tile) + 1024
     if sram > limits.sram:
-        return NoPlan(
-            f"hidden size {hidden_size} needs {sram / 1024:.0f} KiB of SRAM in one block for W_hh, "
-            f"padded to {block_h} in {name}{' (tf32x3)' if parts == 2 else ''}, and {limits.name} "
-            f"has {limits.sram / 1024:.0f}"
-        )
+        return None
+    # A step reads W_hh once from shared memory, and sliced waits for three trips to L2: the
+    # signal, the wait and the gathering.
+    clocks = parts * weights // SHARED_BYTES_PER_CLOCK + (3 * L2_TRIP if slices > 1 else 0)
+    tiles = -(-batch // block_b)
     return Plan(
         block_h=block_h,
         block_b=block_b,
-        tiles=-(-batch // block_b),
-        slices=1,
+        tiles=tiles,
+        tiles_at_once=tiles if slices == 1 else limits.sms // (slices * directions),
+        slices=slices,
+        chunks=block_h // chunk,
         directions=directions,
         parts=parts,
         num_warps=num_warps,
         num_stages=1,  # the one load of the loop is asked for a step ahead by hand
         sram=sram,
+        clocks=clocks,
         limits=limits,
     )

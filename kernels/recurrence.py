@@ -18,14 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import faults
 from .cells import CELLS
+from .exchange import gather, report, wait_for_slices
 from .layout import empty_steps, stride_unit
 from .plan import Plan
 
 # T, B and the strides change from call to call: a value of 1 or a multiple of 16 must not compile
 # the kernel again. What the compiler may know about alignment, it learns from UNIT.
 RUNTIME = [
-    "T", "B", "reverse",
+    "T", "B", "first_tile", "reverse", "launch", "patience",
     "x_gates_stride_t", "x_gates_stride_b", "output_stride_t", "output_stride_b",
     "d_output_stride_t", "d_output_stride_b",
 ]  # fmt: skip
@@ -40,11 +42,28 @@ def load_gates(ptrs, mask, GATE_STRIDE: tl.constexpr, GATES: tl.constexpr):
 
 
 @triton.jit
-def load_weights(ptrs, mask, GATES: tl.constexpr, PARTS: tl.constexpr, H: tl.constexpr):
-    weights = load_gates(ptrs, mask, H * H, GATES)
-    if PARTS == 2:
-        weights += load_gates(ptrs + tl.num_programs(2) * GATES * H * H, mask, H * H, GATES)
-    return weights
+def load_weights(
+    weight_ptr,
+    units,  # (M, 1): the rows of the tiles
+    unit_stride: tl.constexpr,
+    column_stride: tl.constexpr,
+    GATES: tl.constexpr,
+    PARTS: tl.constexpr,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """PARTS x GATES x CHUNKS tiles of W_hh or its transpose, each (M, CHUNK)."""
+    tiles = ()
+    for part in tl.static_range(PARTS):
+        for gate in tl.static_range(GATES):
+            gate_ptr = weight_ptr + part * tl.num_programs(2) * GATES * H * H + gate * H * H
+            for c in tl.static_range(CHUNKS):
+                columns = c * CHUNK + tl.arange(0, CHUNK)[None, :]
+                mask = (units < H) & (columns < H)
+                ptrs = gate_ptr + units * unit_stride + columns * column_stride
+                tiles += (tl.load(ptrs, mask=mask, other=0.0),)
+    return tiles
 
 
 @triton.jit
@@ -71,16 +90,20 @@ def round_tf32(x):
 
 @triton.jit
 def recurrent_product(weights, gate: tl.constexpr, GATES: tl.constexpr, x, acc):
-    """acc + W x for the W of one gate. float32 is multiplied in tf32: in one product, or, where
-    W comes in two parts (high then low), in the three that give nearly all of float32."""
-    if x.dtype == tl.float32:
-        high = round_tf32(x)
-        if len(weights) == 2 * GATES:
-            acc = tl.dot(weights[GATES + gate], high, acc, input_precision="tf32")
-            acc = tl.dot(weights[gate], x - high, acc, input_precision="tf32")
-        acc = tl.dot(weights[gate], high, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(weights[gate], x, acc)
+    """acc + W x for the W of one gate, x and W in as many chunks as the tuple x has. float32 is
+    multiplied in tf32: in one product, or, where W comes in two parts (high then low), in the
+    three that give nearly all of float32."""
+    for c in tl.static_range(len(x)):
+        W = weights[gate * len(x) + c]
+        if W.dtype == tl.float32:
+            high = round_tf32(x[c])
+            if len(weights) == 2 * GATES * len(x):
+                W_low = weights[(GATES + gate) * len(x) + c]
+                acc = tl.dot(W_low, high, acc, input_precision="tf32")
+                acc = tl.dot(W, x[c] - high, acc, input_precision="tf32")
+            acc = tl.dot(W, high, acc, input_precision="tf32")
+        else:
+            acc = tl.dot(W, x[c], acc)
     return acc
 
 
@@ -98,9 +121,15 @@ def forward_kernel(
     lengths_ptr,  # (B,) or None; row b is active while t < lengths[b]
     output_ptr,  # (T, B, D * H), last dimension contiguous
     h_n_ptr,  # (D, B, H), contiguous
+    exchange_ptr,  # (2, D, B, H), or None where SLICES is 1, as the two after it
+    flags_ptr,  # (D, all tiles of the batch, T) int32, zero
+    fault_ptr,  # one int32 on the host
     T,
     B,
+    first_tile,  # of the batch tiles of this launch
     reverse,  # 1: direction 0 walks from t = T - 1 down to 0, and direction 1 upwards
+    launch,  # the number that a fault is reported under
+    patience,  # polls of a flag before the wait is given up
     x_gates_stride_t,  # every stride is in units of UNIT elements
     x_gates_stride_b,
     output_stride_t,
@@ -112,23 +141,33 @@ def forward_kernel(
     STEP: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
+    BLOCK_S: tl.constexpr = BLOCK_H // SLICES
+    CHUNK: tl.constexpr = BLOCK_H // CHUNKS
+    tile = first_tile + tl.program_id(0)
     direction = tl.program_id(2)
     backwards = direction ^ reverse
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
-    units = tl.arange(0, BLOCK_H)[:, None]
+    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    units = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     mask = (units < H) & (rows < B)
     x_gates_ptr += direction * GATES * H
     x_gates_offsets = rows * x_gates_stride_b * UNIT + units
     output_ptr += direction * H
     output_offsets = rows * output_stride_b * UNIT + units
-    state_offsets = (direction * B + rows) * H + units
+    state_rows = (direction * B + rows) * H
 
     # W_hh is read here, once, and stays in shared memory; the loop never touches its pointer.
-    columns = tl.arange(0, BLOCK_H)[None, :]
-    weights_ptr = weight_hh_ptr + direction * GATES * H * H + units * H + columns
-    weights = load_weights(weights_ptr, (units < H) & (columns < H), GATES, PARTS, H)
-    h = tl.load(h0_ptr + state_offsets, mask=mask, other=0.0)
+    weight_hh_ptr += direction * GATES * H * H
+    weights = load_weights(weight_hh_ptr, units, H, 1, GATES, PARTS, H, CHUNK, CHUNKS)
+    state_h = tl.load(h0_ptr + state_rows + units, mask=mask, other=0.0)
+    alive = tl.full((), True, tl.int1)
+    if SLICES == 1:
+        h = (state_h,)
+    else:
+        h = gather(h0_ptr, state_rows, rows < B, alive, H, CHUNK, CHUNKS)
+        flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
 
@@ -140,20 +179,29 @@ def forward_kernel(
         x_gates_ahead = load_gates(x_gates_ptr + ahead + x_gates_offsets, mask, H, GATES)
         h_gates = ()
         for gate in tl.static_range(GATES):
-            zero = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+            zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
             h_gates += (recurrent_product(weights, gate, GATES, h, zero),)
-        state = STEP(to_float32(x_gates), h_gates, (h,))
-        output = state[0].to(h.dtype)
+        state = STEP(to_float32(x_gates), h_gates, (state_h,))
+        output = state[0].to(state_h.dtype)
         t = at_step(i, T, backwards)
         if lengths_ptr is None:
-            h = output
+            state_h = output
         else:  # an inactive row keeps its state and outputs zero
             active = t < lengths
-            h = tl.where(active, output, h)
+            state_h = tl.where(active, output, state_h)
             output = tl.where(active, output, 0.0)
         tl.store(output_ptr + t * output_stride_t * UNIT + output_offsets, output, mask=mask)
+        if SLICES == 1:
+            h = (state_h,)
+        else:
+            slot_ptr = exchange_ptr + (i % 2) * tl.num_programs(2) * B * H
+            tl.store(slot_ptr + state_rows + units, state_h, mask=mask)
+            alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
+            h = gather(slot_ptr, state_rows, rows < B, alive, H, CHUNK, CHUNKS)
         x_gates = x_gates_ahead
-    tl.store(h_n_ptr + state_offsets, h, mask=mask)
+    if SLICES > 1:
+        state_h = report(alive, state_h, fault_ptr, launch)
+    tl.store(h_n_ptr + state_rows + units, state_h, mask=mask)
 
 
 @triton.jit(do_not_specialize=[n for n in RUNTIME if not n.startswith("x_gates")])
@@ -165,9 +213,15 @@ def reverse_kernel(
     lengths_ptr,  # (B,) or None; row b is active while t < lengths[b]
     d_x_gates_ptr,  # (T, B, D * GATES * H), contiguous as output is, or None
     d_h0_ptr,  # (D, B, H), contiguous, or None
+    exchange_ptr,  # (2, D, B, GATES * H), or None where SLICES is 1, as the two after it
+    flags_ptr,  # (D, all tiles of the batch, T) int32, zero
+    fault_ptr,  # one int32 on the host
     T,
     B,
+    first_tile,  # of the batch tiles of this launch
     reverse,  # as in the forward pass that is differentiated
+    launch,  # the number that a fault is reported under
+    patience,  # polls of a flag before the wait is given up
     d_output_stride_t,  # every stride is in units of UNIT elements
     d_output_stride_b,
     output_stride_t,
@@ -179,26 +233,33 @@ def reverse_kernel(
     STEP_VJP: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
+    BLOCK_S: tl.constexpr = BLOCK_H // SLICES
+    CHUNK: tl.constexpr = BLOCK_H // CHUNKS
+    tile = first_tile + tl.program_id(0)
     direction = tl.program_id(2)
     backwards = direction ^ reverse ^ 1  # against the forward pass
-    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
-    units = tl.arange(0, BLOCK_H)[:, None]
+    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    units = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     mask = (units < H) & (rows < B)
     output_ptr += direction * H
     output_offsets = rows * output_stride_b * UNIT + units
-    state_offsets = (direction * B + rows) * H + units
+    state_rows = (direction * B + rows) * H
 
     # W_hh transposed: rows are the units that h came from, columns the gates that it went to.
-    columns = tl.arange(0, BLOCK_H)[None, :]
-    weights_ptr = weight_hh_ptr + direction * GATES * H * H + columns * H + units
-    weights = load_weights(weights_ptr, (units < H) & (columns < H), GATES, PARTS, H)
+    weight_hh_ptr += direction * GATES * H * H
+    weights = load_weights(weight_hh_ptr, units, 1, H, GATES, PARTS, H, CHUNK, CHUNKS)
     if d_h_n_ptr is None:
-        d_h = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        d_h = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
     else:
-        d_h = tl.load(d_h_n_ptr + state_offsets, mask=mask, other=0.0).to(tl.float32)
+        d_h = tl.load(d_h_n_ptr + state_rows + units, mask=mask, other=0.0).to(tl.float32)
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+    alive = tl.full((), True, tl.int1)
+    if SLICES > 1:
+        flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
 
     t = at_step(0, T, backwards)
     output = tl.load(output_ptr + t * output_stride_t * UNIT + output_offsets, mask=mask, other=0.0)
@@ -226,28 +287,42 @@ def reverse_kernel(
                 other=0.0,
             )
         d_x_gates, d_h_gates, d_prev = STEP_VJP((d_state,), to_float32((output,)))
-        d_h_prev = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        d_h_prev = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
         if len(d_prev) > 0:
             d_h_prev = d_prev[0]
         if lengths_ptr is not None:  # an inactive step passes no gradient to its gates
             d_x_gates = where_active(t < lengths, d_x_gates)
             d_h_gates = where_active(t < lengths, d_h_gates)
-        for gate in tl.static_range(GATES):
-            d_gate = d_h_gates[gate].to(weights[gate].dtype)
-            d_h_prev = recurrent_product(weights, gate, GATES, d_gate, d_h_prev)
-            if d_x_gates_ptr is not None:
-                d_x_gates_t = d_x_gates_ptr + t * output_stride_t * GATES * UNIT + gate * H
+        if d_x_gates_ptr is not None:
+            d_x_gates_t = d_x_gates_ptr + t * output_stride_t * GATES * UNIT + d_x_gates_offsets
+            for gate in tl.static_range(GATES):
                 d_x_gate = d_x_gates[gate].to(d_x_gates_ptr.dtype.element_ty)
-                tl.store(d_x_gates_t + d_x_gates_offsets, d_x_gate, mask=mask)
+                tl.store(d_x_gates_t + gate * H, d_x_gate, mask=mask)
+        if SLICES > 1:
+            slot_ptr = exchange_ptr + (i % 2) * tl.num_programs(2) * B * GATES * H
+            for gate in tl.static_range(GATES):
+                part_ptrs = slot_ptr + state_rows * GATES + gate * H + units
+                tl.store(part_ptrs, d_h_gates[gate].to(output.dtype), mask=mask)
+            alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
+        for gate in tl.static_range(GATES):
+            if SLICES == 1:
+                d_gate = (d_h_gates[gate].to(output.dtype),)
+            else:
+                whole_ptr = slot_ptr + gate * H
+                d_gate = gather(whole_ptr, state_rows * GATES, rows < B, alive, H, CHUNK, CHUNKS)
+            d_h_prev = recurrent_product(weights, gate, GATES, d_gate, d_h_prev)
         if lengths_ptr is None:
             d_h = d_h_prev
         else:  # and hands d_h on as it came
             d_h = tl.where(t < lengths, d_h_prev, d_h)
         output = output_ahead
+    if SLICES > 1:
+        d_h = report(alive, d_h, fault_ptr, launch)
     if d_h0_ptr is not None:
-        tl.store(d_h0_ptr + state_offsets, d_h.to(d_h0_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_h0_ptr + state_rows + units, d_h.to(d_h0_ptr.dtype.element_ty), mask=mask)
 
 
+PATIENCE = 1 << 22  # polls of a flag, each a trip to L2: some seconds, then the wait is given up
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
@@ -263,6 +338,36 @@ def tf32_parts(weight: Tensor, parts: int) -> Tensor:
     weight = weight.contiguous()
     high = ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
     return torch.stack([high, weight - high][:parts])
+
+
+def launch(kernel, plan: Plan, what: str, like: Tensor, T: int, B: int, width: int, **arguments):
+    """Launch a kernel over all batch tiles; sliced, with what the slices talk through."""
+    exchange, flags, fault, number = None, None, None, 0
+    if plan.slices > 1:
+        fault, number = faults.new_launch(f"{what} of T={T}, B={B}: {plan}", like.device)
+        exchange = like.new_empty(2, plan.directions, B, width)
+        flags = like.new_zeros(plan.directions, plan.tiles, T, dtype=torch.int32)
+        arguments["launch_cooperative_grid"] = True
+    with on_device(like):
+        for first_tile, grid in plan.grids():
+            kernel[grid](
+                exchange_ptr=exchange,
+                flags_ptr=flags,
+                fault_ptr=fault,
+                T=T,
+                B=B,
+                first_tile=first_tile,
+                launch=number,
+                patience=PATIENCE,
+                BLOCK_H=plan.block_h,
+                BLOCK_B=plan.block_b,
+                PARTS=plan.parts,
+                SLICES=plan.slices,
+                CHUNKS=plan.chunks,
+                num_warps=plan.num_warps,
+                num_stages=plan.num_stages,
+                **arguments,
+            )
 
 
 def forward(
@@ -282,31 +387,30 @@ def forward(
     output = empty_steps(x_gates, D * H)
     h_n = h0.new_empty(D, B, H)
     unit = stride_unit(x_gates, output)
-    with on_device(x_gates):
-        forward_kernel[plan.grid](
-            x_gates,
-            h0.contiguous(),
-            tf32_parts(weight_hh, plan.parts),
-            lengths,
-            output,
-            h_n,
-            T,
-            B,
-            int(reverse),
-            x_gates.stride(0) // unit,
-            x_gates.stride(1) // unit,
-            output.stride(0) // unit,
-            output.stride(1) // unit,
-            H=H,
-            BLOCK_H=plan.block_h,
-            BLOCK_B=plan.block_b,
-            GATES=CELLS[cell].gates,
-            STEP=CELLS[cell].step,
-            UNIT=unit,
-            PARTS=plan.parts,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
+    launch(
+        forward_kernel,
+        plan,
+        f"the forward pass of {cell}",
+        x_gates,
+        T,
+        B,
+        H,
+        x_gates_ptr=x_gates,
+        h0_ptr=h0.contiguous(),
+        weight_hh_ptr=tf32_parts(weight_hh, plan.parts),
+        lengths_ptr=lengths,
+        output_ptr=output,
+        h_n_ptr=h_n,
+        reverse=int(reverse),
+        x_gates_stride_t=x_gates.stride(0) // unit,
+        x_gates_stride_b=x_gates.stride(1) // unit,
+        output_stride_t=output.stride(0) // unit,
+        output_stride_b=output.stride(1) // unit,
+        H=H,
+        GATES=CELLS[cell].gates,
+        STEP=CELLS[cell].step,
+        UNIT=unit,
+    )
     return output, h_n
 
 
@@ -332,30 +436,29 @@ def reverse(
     d_h0 = output.new_empty(D, B, H) if need_d_h0 else None
     given = output if d_output is None else d_output
     unit = stride_unit(output, given)
-    with on_device(output):
-        reverse_kernel[plan.grid](
-            d_output,
-            None if d_h_n is None else d_h_n.contiguous(),
-            output,
-            tf32_parts(weight_hh, plan.parts),
-            lengths,
-            d_x_gates,
-            d_h0,
-            T,
-            B,
-            int(reverse),
-            given.stride(0) // unit,
-            given.stride(1) // unit,
-            output.stride(0) // unit,
-            output.stride(1) // unit,
-            H=H,
-            BLOCK_H=plan.block_h,
-            BLOCK_B=plan.block_b,
-            GATES=gates,
-            STEP_VJP=CELLS[cell].step_vjp,
-            UNIT=unit,
-            PARTS=plan.parts,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
+    launch(
+        reverse_kernel,
+        plan,
+        f"the reverse pass of {cell}",
+        output,
+        T,
+        B,
+        gates * H,
+        d_output_ptr=d_output,
+        d_h_n_ptr=None if d_h_n is None else d_h_n.contiguous(),
+        output_ptr=output,
+        weight_hh_ptr=tf32_parts(weight_hh, plan.parts),
+        lengths_ptr=lengths,
+        d_x_gates_ptr=d_x_gates,
+        d_h0_ptr=d_h0,
+        reverse=int(reverse),
+        d_output_stride_t=given.stride(0) // unit,
+        d_output_stride_b=given.stride(1) // unit,
+        output_stride_t=output.stride(0) // unit,
+        output_stride_b=output.stride(1) // unit,
+        H=H,
+        GATES=gates,
+        STEP_VJP=CELLS[cell].step_vjp,
+        UNIT=unit,
+    )
     return d_x_gates, d_h0
