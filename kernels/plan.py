@@ -11,6 +11,7 @@ import torch
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIN_BLOCK_H = 16  # tl.dot sums over no fewer than this
+MIN_BLOCK_S = 32  # narrower slices leave most warps of a block without rows of their own
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
 L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
@@ -139,19 +140,21 @@ def plan_slices(
 ) -> Plan | None:
     """The plan with this many slices, or None where it does not fit."""
     block_s = block_h // slices
-    if block_s < MIN_BLOCK_H or slices * directions > limits.sms:
+    if slices > 1 and not (limits.cooperative and block_s >= MIN_BLOCK_S):
         return None
-    if slices > 1 and not limits.cooperative:
+    if slices * directions > limits.sms:
         return None
     itemsize = ITEMSIZE[dtype]
     # Where a row of H units is no whole number of vectors, each element takes a register and an
     # access of its own; with the fragments of W_hh that mma holds, 16 rows would not fit.
     ragged = hidden_size * itemsize % VECTOR != 0
     block_b = 8 if ragged and limits.matrix_unit == "mma" else 16
-    # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma and
-    # tcgen05 read theirs from shared memory, given 64 rows of W_hh.
-    wide = limits.matrix_unit != "mma" and block_s >= 64
-    chunk = min(block_h, 128 if parts == 2 and slices > 1 else 256 if not wide else 1024)
+    # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
+    # them from shared memory, given 64 rows of W_hh.
+    chunk = 128 if parts == 2 and slices > 1 else 256
+    if limits.matrix_unit == "wgmma" and block_s >= 64 and parts == 1:
+        chunk = 1024
+    chunk = min(block_h, chunk)
     # One vector for each thread and step, as far as the warps go; two parts of W_hh, or the
     # whole of h beside a slice, need the registers of twice as many threads as there could be.
     num_warps = min(max(block_s * 16 * itemsize // (32 * VECTOR), 4), 16 // parts)
@@ -166,6 +169,8 @@ def plan_slices(
     # A step reads W_hh once from shared memory, and sliced waits for three trips to L2: the
     # signal, the wait and the gathering.
     clocks = parts * weights // SHARED_BYTES_PER_CLOCK + (3 * L2_TRIP if slices > 1 else 0)
+    if limits.matrix_unit != "mma" and block_s < 64:
+        clocks *= 2  # falls back to mma, at about half the rate
     tiles = -(-batch // block_b)
     return Plan(
         block_h=block_h,

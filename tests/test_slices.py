@@ -36,6 +36,7 @@ def concurrent(monkeypatch):
             assert found is not None and found.slices == slices
             return found
 
+        monkeypatch.setattr("rnn.kernels.plan.MIN_BLOCK_S", 16)
         monkeypatch.setattr(functional, "plan", plan)
         monkeypatch.setattr(kernels, "PATIENCE", patience)
         monkeypatch.setattr(kernels, "forward_kernel", Concurrent(forward, **how))
