@@ -217,7 +217,7 @@ def figures(chip: Chip, hidden: int, found: Plan, compiled: Any) -> Row:
     sram = getattr(compiled.metadata, "shared", "n/a: no metadata.shared")
     row = {
         "slices": found.slices,
-        "tile": f"{found.block_h}x{found.block_b}",
+        "tile": f"{found.block_h // found.slices}x{found.block_b}",
         "warps": found.num_warps,
         "registers": resources if isinstance(resources, str) else resources[0],
         "spilled": resources if isinstance(resources, str) else resources[1],

@@ -42,22 +42,15 @@ def wait_for_slices(flag_ptr, patience, SLICES: tl.constexpr):
 
 @triton.jit
 def gather(
-    part_ptr,
-    row_offsets,
-    row_mask,
-    alive,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    part_ptr, row_offsets, row_mask, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """The whole of what the slices published, as CHUNKS tiles of (CHUNK, rows); NaN if they did
-    not all come."""
+    """The whole of what the slices published, as CHUNKS tiles of (CHUNK, rows)."""
     tiles = ()
     for c in tl.static_range(CHUNKS):
         units = c * CHUNK + tl.arange(0, CHUNK)[:, None]
         mask = (units < H) & row_mask
-        tile = tl.load(part_ptr + row_offsets + units, mask=mask, other=0.0, cache_modifier=".cg")
-        tiles += (tl.where(alive, tile, float("nan")),)
+        ptrs = part_ptr + row_offsets + units
+        tiles += (tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"),)
     return tiles
 
 

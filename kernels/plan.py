@@ -121,8 +121,10 @@ def plan(
     if not plans:
         return NoPlan(
             f"W_hh of hidden size {hidden_size} in {name}{' (tf32x3)' if parts == 2 else ''}, "
-            f"padded to {block_h}, fits the SRAM of no number of blocks that {limits.name} holds "
-            f"at once ({limits.sms} of {limits.sram / 1024:.0f} KiB)"
+            f"padded to {block_h}, in {directions} direction(s), fits the SRAM of no number of "
+            f"blocks that {limits.name} holds at once ({limits.sms} of "
+            f"{limits.sram / 1024:.0f} KiB)"
+            + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
         )
     return min(plans, key=lambda p: len(p.grids()) * p.clocks)
 
@@ -145,32 +147,43 @@ def plan_slices(
     if slices * directions > limits.sms:
         return None
     itemsize = ITEMSIZE[dtype]
+    # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
+    mma = limits.matrix_unit == "mma" or block_s < 64
     # Where a row of H units is no whole number of vectors, each element takes a register and an
-    # access of its own; with the fragments of W_hh that mma holds, 16 rows would not fit.
+    # access of its own. With the fragments of W_hh that mma holds, 16 batch rows would not fit,
+    # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
     ragged = hidden_size * itemsize % VECTOR != 0
-    block_b = 8 if ragged and limits.matrix_unit == "mma" else 16
+    crowded = ragged or (slices > 1 and (parts == 2 or block_h >= 2048))
+    if slices > 1 and crowded and block_s > 32:
+        return None
+    block_b = 8 if crowded and mma else 16
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
     chunk = 128 if parts == 2 and slices > 1 else 256
-    if limits.matrix_unit == "wgmma" and block_s >= 64 and parts == 1:
+    if limits.matrix_unit == "wgmma" and not mma and parts == 1:
         chunk = 1024
     chunk = min(block_h, chunk)
-    # One vector for each thread and step, as far as the warps go; two parts of W_hh, or the
-    # whole of h beside a slice, need the registers of twice as many threads as there could be.
-    num_warps = min(max(block_s * 16 * itemsize // (32 * VECTOR), 4), 16 // parts)
+    # As few warps as have the registers: each reads all of h from shared memory. With wgmma four
+    # warps take 64 rows of W_hh between them, and more than there are rows would read it twice;
+    # with mma one warp takes 32 rows in 16 bits and 16 in 32. tcgen05 serves 4 or 8 warps.
     if slices > 1 or (limits.matrix_unit == "tcgen05" and block_h >= 64):
-        num_warps = 8
-    # Beside W_hh lie h as an operand, the tiles on their way between register layouts, barriers.
+        num_warps = 8  # sliced, each block holds all of h beside its rows
+    elif limits.matrix_unit == "wgmma":
+        num_warps = max(4, block_h // (32 if ragged else 16))
+    else:
+        num_warps = max(4, block_h * itemsize // 64)
+    # Beside W_hh lie a chunk of h as an operand, the tiles on their way between register layouts,
+    # and barriers.
     weights = gates * block_s * block_h * itemsize
-    operand, tile = block_h * 16 * itemsize, block_s * 16 * itemsize
+    operand, tile = chunk * 16 * itemsize, block_s * 16 * itemsize
     sram = parts * (weights + operand + tile) + 1024
     if sram > limits.sram:
         return None
     # A step reads W_hh once from shared memory, and sliced waits for three trips to L2: the
     # signal, the wait and the gathering.
     clocks = parts * weights // SHARED_BYTES_PER_CLOCK + (3 * L2_TRIP if slices > 1 else 0)
-    if limits.matrix_unit != "mma" and block_s < 64:
-        clocks *= 2  # falls back to mma, at about half the rate
+    if mma and limits.matrix_unit != "mma":
+        clocks *= 2  # mma has about half the rate there
     tiles = -(-batch // block_b)
     return Plan(
         block_h=block_h,

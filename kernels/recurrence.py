@@ -89,21 +89,28 @@ def round_tf32(x):
 
 
 @triton.jit
-def recurrent_product(weights, gate: tl.constexpr, GATES: tl.constexpr, x, acc):
-    """acc + W x for the W of one gate, x and W in as many chunks as the tuple x has. float32 is
-    multiplied in tf32: in one product, or, where W comes in two parts (high then low), in the
-    three that give nearly all of float32."""
-    for c in tl.static_range(len(x)):
-        W = weights[gate * len(x) + c]
+def recurrent_product(
+    weights, gate: tl.constexpr, GATES: tl.constexpr, chunks, alive, acc, SLICES: tl.constexpr
+):
+    """acc + W x for the W of one gate, W and x in as many chunks as the tuple has; NaN if x did
+    not all come. float32 is multiplied in tf32: in one product, or, where W comes in two parts
+    (high then low), in the three that give nearly all of float32."""
+    for c in tl.static_range(len(chunks)):
+        W = weights[gate * len(chunks) + c]
+        # Chosen here and not where x is loaded: the compiler copies a tile to shared memory right
+        # after the operation that made it, and so needs room for one chunk at a time.
+        x = chunks[c]
+        if SLICES > 1:
+            x = tl.where(alive, x, float("nan"))
         if W.dtype == tl.float32:
-            high = round_tf32(x[c])
-            if len(weights) == 2 * GATES * len(x):
-                W_low = weights[(GATES + gate) * len(x) + c]
+            high = round_tf32(x)
+            if len(weights) == 2 * GATES * len(chunks):
+                W_low = weights[(GATES + gate) * len(chunks) + c]
                 acc = tl.dot(W_low, high, acc, input_precision="tf32")
-                acc = tl.dot(W, x[c] - high, acc, input_precision="tf32")
+                acc = tl.dot(W, x - high, acc, input_precision="tf32")
             acc = tl.dot(W, high, acc, input_precision="tf32")
         else:
-            acc = tl.dot(W, x[c], acc)
+            acc = tl.dot(W, x, acc)
     return acc
 
 
@@ -166,7 +173,7 @@ def forward_kernel(
     if SLICES == 1:
         h = (state_h,)
     else:
-        h = gather(h0_ptr, state_rows, rows < B, alive, H, CHUNK, CHUNKS)
+        h = gather(h0_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
         flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
@@ -180,7 +187,7 @@ def forward_kernel(
         h_gates = ()
         for gate in tl.static_range(GATES):
             zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-            h_gates += (recurrent_product(weights, gate, GATES, h, zero),)
+            h_gates += (recurrent_product(weights, gate, GATES, h, alive, zero, SLICES),)
         state = STEP(to_float32(x_gates), h_gates, (state_h,))
         output = state[0].to(state_h.dtype)
         t = at_step(i, T, backwards)
@@ -197,7 +204,7 @@ def forward_kernel(
             slot_ptr = exchange_ptr + (i % 2) * tl.num_programs(2) * B * H
             tl.store(slot_ptr + state_rows + units, state_h, mask=mask)
             alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
-            h = gather(slot_ptr, state_rows, rows < B, alive, H, CHUNK, CHUNKS)
+            h = gather(slot_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
         x_gates = x_gates_ahead
     if SLICES > 1:
         state_h = report(alive, state_h, fault_ptr, launch)
@@ -309,8 +316,8 @@ def reverse_kernel(
                 d_gate = (d_h_gates[gate].to(output.dtype),)
             else:
                 whole_ptr = slot_ptr + gate * H
-                d_gate = gather(whole_ptr, state_rows * GATES, rows < B, alive, H, CHUNK, CHUNKS)
-            d_h_prev = recurrent_product(weights, gate, GATES, d_gate, d_h_prev)
+                d_gate = gather(whole_ptr, state_rows * GATES, rows < B, H, CHUNK, CHUNKS)
+            d_h_prev = recurrent_product(weights, gate, GATES, d_gate, alive, d_h_prev, SLICES)
         if lengths_ptr is None:
             d_h = d_h_prev
         else:  # and hands d_h on as it came

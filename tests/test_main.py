@@ -167,7 +167,7 @@ def test_a_seed_and_a_number_of_steps_decide_everything(corpus):
 
 
 def test_heldout_bits_are_those_of_streams_that_carry_their_state():
-    corpus = Corpus.of(TEXT * 15)  # longer than the pieces that the streams are read in
+    corpus = Corpus.of(TEXT * 25)  # longer than the pieces that the streams are read in
     model = trainer(corpus).model
     symbols = [*corpus.train[-1:].tolist(), *corpus.heldout.tolist()]
     length = math.ceil(len(corpus.heldout) / ROWS)
