@@ -11,7 +11,7 @@ import torch
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIN_BLOCK_H = 16  # tl.dot sums over no fewer than this
-MIN_BLOCK_S = 32  # narrower slices leave most warps of a block without rows of their own
+MIN_BLOCK_S = 32  # hidden units of a slice: with fewer, most warps have no rows of their own
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
 L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
@@ -182,8 +182,8 @@ def plan_slices(
     # A step reads W_hh once from shared memory, and sliced waits for three trips to L2: the
     # signal, the wait and the gathering.
     clocks = parts * weights // SHARED_BYTES_PER_CLOCK + (3 * L2_TRIP if slices > 1 else 0)
-    if mma and limits.matrix_unit != "mma":
-        clocks *= 2  # mma has about half the rate there
+    if slices > 1 and block_s < 64:
+        clocks *= 2  # half of the warps have no rows of their own; and wgmma is left for mma
     tiles = -(-batch // block_b)
     return Plan(
         block_h=block_h,
