@@ -35,8 +35,8 @@ class Chip(NamedTuple):
 
     def limits(self) -> Limits:
         """What plan.device_limits would return for this chip."""
-        cooperative = self.target.startswith("sm_")
-        return Limits(self.name, self.sram, self.sms, cooperative, self.matrix_unit)
+        nvidia = self.target.startswith("sm_")
+        return Limits(self.name, self.sram, self.sms, nvidia, nvidia, self.matrix_unit)
 
 
 # Shared memory has 32 banks of 4 bytes on every NVIDIA chip here, and an SM four schedulers that

@@ -24,6 +24,7 @@ class Limits(NamedTuple):
     sram: int  # bytes of shared memory that one block may use
     sms: int  # streaming multiprocessors
     cooperative: bool  # blocks of one launch may wait for each other
+    tanh_approx: bool  # there is an instruction for tanh
     matrix_unit: str  # "mma" (operands from registers), "wgmma" (sm_90) or "tcgen05" (sm_100)
 
 
@@ -48,6 +49,7 @@ class Plan:
     chunks: int  # pieces that the sum over hidden units is cut into
     directions: int
     parts: int  # tf32 tiles that one float32 tile of W_hh is split into; 1 for 16-bit dtypes
+    approximate: bool  # tanh by the chip's own instruction
     num_warps: int
     num_stages: int
     sram: int  # bytes of a block, an upper bound of what the compiler allocates
@@ -84,8 +86,8 @@ def device_limits(device: torch.device) -> Limits | NoPlan:
         {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if torch.version.hip is None else "mma"
     )
     # On ROCm nobody has shown that a block may wait for another one's store.
-    cooperative = torch.version.hip is None
-    return Limits(props.name, sram, props.multi_processor_count, cooperative, unit)
+    nvidia = torch.version.hip is None
+    return Limits(props.name, sram, props.multi_processor_count, nvidia, nvidia, unit)
 
 
 @lru_cache(maxsize=4096)
@@ -194,6 +196,7 @@ def plan_slices(
         chunks=block_h // chunk,
         directions=directions,
         parts=parts,
+        approximate=itemsize == 2 and limits.tanh_approx,
         num_warps=num_warps,
         num_stages=1,  # the one load of the loop is asked for a step ahead by hand
         sram=sram,

@@ -415,7 +415,7 @@ def forward(
         output_stride_b=output.stride(1) // unit,
         H=H,
         GATES=CELLS[cell].gates,
-        STEP=CELLS[cell].step,
+        STEP=CELLS[cell].step_approx if plan.approximate else CELLS[cell].step,
         UNIT=unit,
     )
     return output, h_n

@@ -20,7 +20,7 @@ Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
 
 # What the interpreter of Triton (TRITON_INTERPRET=1) is taken for: it has no limits of its own.
-INTERPRETER = Limits("Triton's interpreter", 227 * 1024, 132, False, "wgmma")
+INTERPRETER = Limits("Triton's interpreter", 227 * 1024, 132, False, False, "wgmma")
 
 
 def tf32_allowed() -> bool:

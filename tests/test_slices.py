@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's processes stand in for a GPU's blocks"
 )
 
-LIMITS = Limits("interpreted blocks", 227 * 1024, 132, True, "mma")
+LIMITS = Limits("interpreted blocks", 227 * 1024, 132, True, False, "mma")
 
 
 @pytest.fixture
