@@ -55,7 +55,6 @@ DTYPES = {
     "float32-ieee": (torch.float32, False),
 }
 PASSES = ("forward", "reverse")
-BATCH = 16
 L2_TRIPS = 3  # of a step whose W_hh is shared by several blocks: signal, wait, gather
 
 Row = dict[str, Any]  # a figure that could not be had is a string: "n/a: " and the reason
@@ -70,6 +69,7 @@ class Job(NamedTuple):
     dtype: str  # a key of DTYPES
     lengths: bool = False
     num_warps: int | None = None  # instead of the plan's
+    batch: int = 16
 
 
 # ------------------------------------------------------------------------------- compilation
@@ -125,10 +125,10 @@ def training_step(job: Job, found: Plan) -> None:
     """What the library does for one layer, forward and backward, with all gradients wanted."""
     dtype, _ = DTYPES[job.dtype]
     H, G = job.hidden, reference.CELLS[job.cell].gates
-    x_gates = torch.zeros(2, BATCH, G * H, dtype=dtype, requires_grad=True)
-    h0 = torch.zeros(BATCH, H, dtype=dtype, requires_grad=True)
+    x_gates = torch.zeros(2, job.batch, G * H, dtype=dtype, requires_grad=True)
+    h0 = torch.zeros(job.batch, H, dtype=dtype, requires_grad=True)
     weight_hh = torch.zeros(G * H, H, dtype=dtype, requires_grad=True)
-    lengths = torch.full((BATCH,), 2) if job.lengths else None
+    lengths = torch.full((job.batch,), 2) if job.lengths else None
     with mock.patch.object(functional, "choose", return_value=found):
         outputs = functional.recurrence(x_gates, h0, weight_hh, cell=job.cell, lengths=lengths)
     gradients = [torch.zeros_like(x) for x in outputs]
@@ -246,7 +246,7 @@ def rows_of(job: Job) -> list[Row]:
     chip = CHIPS[job.target]
     dtype, tf32 = DTYPES[job.dtype]
     gates = reference.CELLS[job.cell].gates
-    found = plan(gates, job.hidden, BATCH, 1, dtype, tf32, chip.limits())
+    found = plan(gates, job.hidden, job.batch, 1, dtype, tf32, chip.limits())
     rows: list[Row] = [{**job._asdict(), "chip": chip.name, "pass": name} for name in PASSES]
     if isinstance(found, NoPlan):
         return [row | {"verdict": f"torch: {found.why}"} for row in rows]
@@ -359,6 +359,7 @@ def main() -> int:
     )
     parser.add_argument("--lengths", action="store_true", help="rows of different length")
     parser.add_argument("--num-warps", type=int, metavar="N", help="instead of the plan's")
+    parser.add_argument("--batch", type=int, default=16, metavar="B", help="rows (default 16)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as well")
     args = parser.parse_args()
     if functional.kernels is None:
@@ -366,7 +367,7 @@ def main() -> int:
 
     os.environ.pop("TRITON_INTERPRET", None)  # workers inherit it; interpreted is not compiled
     jobs = [
-        Job(*case, lengths=args.lengths, num_warps=args.num_warps)
+        Job(*case, lengths=args.lengths, num_warps=args.num_warps, batch=args.batch)
         for case in product(args.target, args.cell, args.hidden, args.dtype)
     ]
     rows = rows_of_all(jobs)

@@ -14,6 +14,7 @@ MIN_BLOCK_H = 16  # tl.dot sums over no fewer than this
 MIN_BLOCK_S = 32  # hidden units of a slice: with fewer, most warps have no rows of their own
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
+L2_BYTES_PER_CLOCK = 64  # into one SM (NVIDIA, A100 white paper)
 L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
 
 
@@ -114,9 +115,10 @@ def plan(
     plans = [
         found
         for slices in (1, 2, 4, 8, 16, 32, 64)
+        for rows in (16, 32)
         if (
             found := plan_slices(
-                slices, gates, hidden_size, block_h, batch, directions, dtype, parts, limits
+                slices, rows, gates, hidden_size, block_h, batch, directions, dtype, parts, limits
             )
         )
     ]
@@ -133,6 +135,7 @@ def plan(
 
 def plan_slices(
     slices: int,
+    rows: int,
     gates: int,
     hidden_size: int,
     block_h: int,
@@ -142,7 +145,7 @@ def plan_slices(
     parts: int,
     limits: Limits,
 ) -> Plan | None:
-    """The plan with this many slices, or None where it does not fit."""
+    """The plan with this many slices and rows of a batch tile, or None where it does not fit."""
     block_s = block_h // slices
     if slices > 1 and not (limits.cooperative and block_s >= MIN_BLOCK_S):
         return None
@@ -158,7 +161,12 @@ def plan_slices(
     crowded = ragged or (slices > 1 and (parts == 2 or block_h >= 2048))
     if slices > 1 and crowded and block_s > 32:
         return None
-    block_b = 8 if crowded and mma else 16
+    # Wider tiles need fewer launches, where blocks wait for each other and so must all be
+    # resident; they leave registers enough where wgmma reads a short h from shared memory.
+    roomy = limits.matrix_unit == "wgmma" and not mma and itemsize == 2 and block_h <= 512
+    if rows > 16 and (slices == 1 or crowded or not roomy):
+        return None
+    block_b = 8 if crowded and mma else rows
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
     chunk = 128 if parts == 2 and slices > 1 else 256
@@ -177,13 +185,15 @@ def plan_slices(
     # Beside W_hh lie a chunk of h as an operand, the tiles on their way between register layouts,
     # and barriers.
     weights = gates * block_s * block_h * itemsize
-    operand, tile = chunk * 16 * itemsize, block_s * 16 * itemsize
+    operand, tile = chunk * rows * itemsize, block_s * rows * itemsize
     sram = parts * (weights + operand + tile) + 1024
     if sram > limits.sram:
         return None
-    # A step reads W_hh once from shared memory, and sliced waits for three trips to L2: the
-    # signal, the wait and the gathering.
-    clocks = parts * weights // SHARED_BYTES_PER_CLOCK + (3 * L2_TRIP if slices > 1 else 0)
+    # A step reads W_hh once from shared memory. Sliced, it waits for three trips to L2, the
+    # signal, the wait and the gathering, and takes in all of h.
+    clocks = parts * weights // SHARED_BYTES_PER_CLOCK
+    if slices > 1:
+        clocks += 3 * L2_TRIP + gates * block_h * block_b * itemsize // L2_BYTES_PER_CLOCK
     if slices > 1 and block_s < 64:
         clocks *= 2  # half of the warps have no rows of their own; and wgmma is left for mma
     tiles = -(-batch // block_b)

@@ -10,7 +10,7 @@ from . import reference
 from .kernels.plan import Limits, NoPlan, Plan, device_limits, plan
 
 try:
-    from .kernels import recurrence as kernels
+    from .kernels import launch as kernels
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise

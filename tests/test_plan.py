@@ -73,6 +73,13 @@ def test_a_new_batch_changes_the_grid_alone():
         assert len(same) == 1
 
 
+def test_a_large_batch_takes_wider_tiles_or_more_launches():
+    small, large = (plan(1, 512, B, 1, torch.bfloat16, True, H100) for B in (100, 1000))
+    assert (small.slices, small.block_b, len(small.grids())) == (8, 16, 1)
+    assert (large.slices, large.block_b, len(large.grids())) == (4, 32, 1)
+    assert len(plan(1, 1024, 1000, 1, torch.bfloat16, True, H100).grids()) == 8
+
+
 def test_no_slices_where_blocks_may_not_wait_for_each_other():
     alone = H100._replace(cooperative=False)
     assert isinstance(plan(1, 512, 1, 1, torch.bfloat16, True, H100), Plan)

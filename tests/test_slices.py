@@ -31,7 +31,7 @@ def concurrent(monkeypatch):
             block_h = max(16, 1 << (hidden_size - 1).bit_length())
             parts = 2 if dtype == torch.float32 and not tf32 else 1
             found = plan_slices(
-                slices, gates, hidden_size, block_h, batch, directions, dtype, parts, LIMITS
+                slices, 16, gates, hidden_size, block_h, batch, directions, dtype, parts, LIMITS
             )
             assert found is not None and found.slices == slices
             return found
@@ -47,7 +47,8 @@ def concurrent(monkeypatch):
 
 CASES = [
     (2, Case("rnn_tanh", T=1, B=1, H=17)),
-    (2, Case("rnn_tanh", T=5, B=5, H=32)),
+    (2, Case("rnn_tanh", T=5, B=16, H=32)),
+    (2, Case("rnn_relu", T=3, B=5, H=32, directions=2)),
     (4, Case("rnn_relu", T=4, B=8, H=64, reverse=True)),
     (4, Case("rnn_tanh", T=4, B=5, H=50, ragged=True, directions=2)),
     (2, Case("rnn_tanh", T=3, B=17, H=33, layout="batch_major")),
