@@ -29,7 +29,20 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 runpy.run_module("rnn")
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(rnn.__file__).parents[1])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(rnn.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost seconds a step where something else has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
