@@ -161,6 +161,8 @@ def plan_slices(
     crowded = ragged or (slices > 1 and (parts == 2 or block_h >= 2048))
     if slices > 1 and crowded and block_s > 32:
         return None
+    if limits.matrix_unit == "tcgen05" and ragged and block_h >= 256 and not mma:
+        return None  # its epilogue leaves no registers for so many single accesses
     # Wider tiles need fewer launches, where blocks wait for each other and so must all be
     # resident; they leave registers enough where wgmma reads a short h from shared memory.
     roomy = limits.matrix_unit == "wgmma" and not mma and itemsize == 2 and block_h <= 512
@@ -169,7 +171,8 @@ def plan_slices(
     block_b = 8 if crowded and mma else rows
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
-    chunk = 128 if parts == 2 and slices > 1 else 256
+    narrow = parts == 2 or limits.matrix_unit == "tcgen05"
+    chunk = 128 if narrow and slices > 1 else 256
     if limits.matrix_unit == "wgmma" and not mma and parts == 1:
         chunk = 1024
     chunk = min(block_h, chunk)
