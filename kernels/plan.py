@@ -171,7 +171,7 @@ def plan_slices(
     block_b = 8 if crowded and mma else rows
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
-    narrow = parts == 2 or limits.matrix_unit == "tcgen05"
+    narrow = parts == 2 or limits.matrix_unit == "tcgen05" or (mma and itemsize == 4)
     chunk = 128 if narrow and slices > 1 else 256
     if limits.matrix_unit == "wgmma" and not mma and parts == 1:
         chunk = 1024
