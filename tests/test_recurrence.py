@@ -142,6 +142,33 @@ def test_padding_is_never_read(backend, nan_filled):
         assert torch.equal(clean, got)
 
 
+@pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_non_contiguous_lengths_and_states(backend, tf32, nan_filled):
+    """Every other element of a buffer whose rest would give other results."""
+    case = Case("rnn_tanh", T=5, B=4, H=6, directions=2, ragged=True)
+    p = problem(case).to(torch.float32)
+    want = run(case, p, backend)
+
+    def spread(x, other):
+        buffer = torch.full((*x.shape, 2), other, dtype=x.dtype)
+        buffer[..., 0] = x
+        return buffer[..., 0]
+
+    apart = p._replace(
+        lengths=spread(p.lengths, case.T),
+        h0=spread(p.h0, 9.0),
+        weight_hh=spread(p.weight_hh, 9.0),
+        d_output=spread(p.d_output, 9.0),
+        d_h_n=spread(p.d_h_n, 9.0),
+    )
+    leaves = [x.detach().requires_grad_() for x in apart[:3]]
+    output, h_n = rnn.recurrence(*leaves, cell=case.cell, lengths=apart.lengths, backend=backend)
+    gradients = torch.autograd.grad([output, h_n], leaves, [apart.d_output, apart.d_h_n])
+    for name, x, y in zip(NAMES, (output, h_n, *gradients), want):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
 def test_nan_and_infinity_go_through(backend, cell):
