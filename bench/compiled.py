@@ -35,7 +35,7 @@ import torch
 
 from rnn import functional, reference
 from rnn.kernels.chips import CHIPS, Chip
-from rnn.kernels.plan import NoPlan, Plan, plan
+from rnn.kernels.plan import L2_TRIPS, NoPlan, Plan, plan
 
 from .machine_code import (
     WEIGHTS,
@@ -55,7 +55,6 @@ DTYPES = {
     "float32-ieee": (torch.float32, False),
 }
 PASSES = ("forward", "reverse")
-L2_TRIPS = 3  # of a step whose W_hh is shared by several blocks: signal, wait, gather
 
 Row = dict[str, Any]  # a figure that could not be had is a string: "n/a: " and the reason
 

@@ -9,19 +9,21 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+from .plan import Plan
+
 REMEMBERED = 4096  # launches
 
 _words: dict[torch.device, Tensor] = {}
-_launches: OrderedDict[int, str] = OrderedDict()
+_launches: OrderedDict[int, tuple[str, int, int, Plan]] = OrderedDict()  # pass, T, B, plan
 _count = 0
 
 
-def new_launch(what: str, device: torch.device) -> tuple[Tensor, int]:
+def new_launch(what: str, T: int, B: int, plan: Plan, device: torch.device) -> tuple[Tensor, int]:
     """The word to report a fault in and the number to report; raises for an earlier launch."""
     global _count
     raise_reported(device)
     _count = _count % (2**31 - 1) + 1
-    _launches[_count] = what
+    _launches[_count] = what, T, B, plan
     if len(_launches) > REMEMBERED:
         _launches.popitem(last=False)
     if device not in _words:
@@ -36,7 +38,10 @@ def raise_reported(device: torch.device) -> None:
     if word is None or (number := int(word)) == 0:
         return
     word.zero_()
-    what = _launches.get(number, "an older launch")
+    named = "an older launch"
+    if number in _launches:
+        what, T, B, plan = _launches[number]
+        named = f"the {what} of T={T}, B={B}: {plan}"
     raise RuntimeError(
-        f"launch {number} gave up waiting for one of its blocks, and its results are NaN: {what}"
+        f"launch {number} gave up waiting for one of its blocks, and its results are NaN: {named}"
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import faults
 from .cells import CELLS
-from .layout import empty_steps, stride_unit
+from .layout import empty_steps, stride_arguments
 from .plan import Plan
 from .recurrence import forward_kernel, reverse_kernel
 
@@ -37,7 +37,7 @@ def launch(
     """Launch a kernel over all batch tiles; sliced, with what the slices talk through."""
     exchange, flags, fault, number = None, None, None, 0
     if plan.slices > 1:
-        fault, number = faults.new_launch(f"{what} of T={T}, B={B}: {plan}", like.device)
+        fault, number = faults.new_launch(what, T, B, plan, like.device)
         exchange = like.new_empty(2, plan.directions, B, width)
         flags = like.new_zeros(plan.directions, plan.tiles, T, dtype=torch.int32)
         arguments["launch_cooperative_grid"] = True
@@ -79,11 +79,10 @@ def forward(
         x_gates = x_gates.contiguous()
     output = empty_steps(x_gates, D * H)
     h_n = h0.new_empty(D, B, H)
-    unit = stride_unit(x_gates, output)
     launch(
         forward_kernel,
         plan,
-        f"the forward pass of {cell}",
+        f"forward pass of {cell}",
         x_gates,
         T,
         B,
@@ -95,14 +94,10 @@ def forward(
         output_ptr=output,
         h_n_ptr=h_n,
         reverse=int(reverse),
-        x_gates_stride_t=x_gates.stride(0) // unit,
-        x_gates_stride_b=x_gates.stride(1) // unit,
-        output_stride_t=output.stride(0) // unit,
-        output_stride_b=output.stride(1) // unit,
+        **stride_arguments(x_gates=x_gates, output=output),
         H=H,
         GATES=CELLS[cell].gates,
         STEP=CELLS[cell].step_approx if plan.approximate else CELLS[cell].step,
-        UNIT=unit,
     )
     return output, h_n
 
@@ -127,12 +122,10 @@ def reverse(
         d_output = d_output.contiguous()
     d_x_gates = empty_steps(output, D * gates * H) if need_d_x_gates else None
     d_h0 = output.new_empty(D, B, H) if need_d_h0 else None
-    given = output if d_output is None else d_output
-    unit = stride_unit(output, given)
     launch(
         reverse_kernel,
         plan,
-        f"the reverse pass of {cell}",
+        f"reverse pass of {cell}",
         output,
         T,
         B,
@@ -145,13 +138,9 @@ def reverse(
         d_x_gates_ptr=d_x_gates,
         d_h0_ptr=d_h0,
         reverse=int(reverse),
-        d_output_stride_t=given.stride(0) // unit,
-        d_output_stride_b=given.stride(1) // unit,
-        output_stride_t=output.stride(0) // unit,
-        output_stride_b=output.stride(1) // unit,
+        **stride_arguments(d_output=output if d_output is None else d_output, output=output),
         H=H,
         GATES=gates,
         STEP_VJP=CELLS[cell].step_vjp,
-        UNIT=unit,
     )
     return d_x_gates, d_h0

@@ -18,6 +18,13 @@ def empty_steps(like: Tensor, width: int) -> Tensor:
     return like.new_empty(T, B, width)
 
 
-def stride_unit(*steps: Tensor) -> int:
-    """The largest power of two, at most 16, that divides the time and batch strides of all."""
-    return math.gcd(16, *(stride for x in steps for stride in x.stride()[:2]))
+def stride_arguments(**steps: Tensor) -> dict[str, int]:
+    """The time and batch strides of (T, B, _) tensors, as a kernel takes them: <name>_stride_t and
+    <name>_stride_b in units of UNIT elements, the largest power of two, at most 16, that divides
+    them all."""
+    unit = math.gcd(16, *(stride for x in steps.values() for stride in x.stride()[:2]))
+    arguments = {"UNIT": unit}
+    for name, x in steps.items():
+        arguments[f"{name}_stride_t"] = x.stride(0) // unit
+        arguments[f"{name}_stride_b"] = x.stride(1) // unit
+    return arguments

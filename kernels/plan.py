@@ -15,6 +15,7 @@ MIN_BLOCK_S = 32  # hidden units of a slice: with fewer, most warps have no rows
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
 L2_BYTES_PER_CLOCK = 64  # into one SM (NVIDIA, A100 white paper)
+L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
 
 
@@ -80,14 +81,12 @@ class Plan:
 def device_limits(device: torch.device) -> Limits | NoPlan:
     """The limits of a CUDA or ROCm device. Not cached: the query takes a microsecond."""
     props = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None and props.major < 8:
+    nvidia = torch.version.hip is None
+    if nvidia and props.major < 8:
         return NoPlan(f"{props.name} has compute capability {props.major}.{props.minor}, below 8.0")
     sram = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)
-    unit = (
-        {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if torch.version.hip is None else "mma"
-    )
+    unit = {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if nvidia else "mma"
     # On ROCm nobody has shown that a block may wait for another one's store.
-    nvidia = torch.version.hip is None
     return Limits(props.name, sram, props.multi_processor_count, nvidia, nvidia, unit)
 
 
@@ -110,27 +109,31 @@ def plan(
     if dtype not in ITEMSIZE:
         known = ", ".join(str(d).removeprefix("torch.") for d in ITEMSIZE)
         return NoPlan(f"the kernels take {known}, got {name}")
-    parts = 2 if dtype == torch.float32 and not tf32 else 1
-    block_h = max(MIN_BLOCK_H, 1 << (hidden_size - 1).bit_length())
+    shape = (gates, hidden_size, batch, directions, dtype, tf32, limits)
     plans = [
         found
         for slices in (1, 2, 4, 8, 16, 32, 64)
         for rows in (16, 32)
-        if (
-            found := plan_slices(
-                slices, rows, gates, hidden_size, block_h, batch, directions, dtype, parts, limits
-            )
-        )
+        if (found := plan_slices(slices, rows, *shape))
     ]
     if not plans:
         return NoPlan(
-            f"W_hh of hidden size {hidden_size} in {name}{' (tf32x3)' if parts == 2 else ''}, "
-            f"padded to {block_h}, in {directions} direction(s), fits the SRAM of no number of "
-            f"blocks that {limits.name} holds at once ({limits.sms} of "
+            f"W_hh of hidden size {hidden_size} in {name}"
+            f"{' (tf32x3)' if parts_of(dtype, tf32) == 2 else ''}, "
+            f"padded to {padded(hidden_size)}, in {directions} direction(s), fits the SRAM of no "
+            f"number of blocks that {limits.name} holds at once ({limits.sms} of "
             f"{limits.sram / 1024:.0f} KiB)"
             + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
         )
     return min(plans, key=lambda p: len(p.grids()) * p.clocks)
+
+
+def padded(hidden_size: int) -> int:
+    return max(MIN_BLOCK_H, 1 << (hidden_size - 1).bit_length())
+
+
+def parts_of(dtype: torch.dtype, tf32: bool) -> int:
+    return 2 if dtype == torch.float32 and not tf32 else 1
 
 
 def plan_slices(
@@ -138,14 +141,15 @@ def plan_slices(
     rows: int,
     gates: int,
     hidden_size: int,
-    block_h: int,
     batch: int,
     directions: int,
     dtype: torch.dtype,
-    parts: int,
+    tf32: bool,
     limits: Limits,
 ) -> Plan | None:
-    """The plan with this many slices and rows of a batch tile, or None where it does not fit."""
+    """The plan with this many slices and rows of a batch tile, or None where it does not fit.
+    The other arguments are those of `plan`."""
+    parts, block_h = parts_of(dtype, tf32), padded(hidden_size)
     block_s = block_h // slices
     if slices > 1 and not (limits.cooperative and block_s >= MIN_BLOCK_S):
         return None
@@ -192,11 +196,10 @@ def plan_slices(
     sram = parts * (weights + operand + tile) + 1024
     if sram > limits.sram:
         return None
-    # A step reads W_hh once from shared memory. Sliced, it waits for three trips to L2, the
-    # signal, the wait and the gathering, and takes in all of h.
+    # A step reads W_hh once from shared memory. Sliced, it waits for L2 and takes in all of h.
     clocks = parts * weights // SHARED_BYTES_PER_CLOCK
     if slices > 1:
-        clocks += 3 * L2_TRIP + gates * block_h * block_b * itemsize // L2_BYTES_PER_CLOCK
+        clocks += L2_TRIPS * L2_TRIP + gates * block_h * block_b * itemsize // L2_BYTES_PER_CLOCK
     if slices > 1 and block_s < 64:
         clocks *= 2  # half of the warps have no rows of their own; and wgmma is left for mma
     tiles = -(-batch // block_b)

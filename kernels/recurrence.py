@@ -3,9 +3,11 @@
     forward_kernel   state = STEP(x_gates[t], W_hh h, state)            t in processing order
     reverse_kernel   back-propagation through time (Werbos, 1990)       t in the opposite order
 
-One program owns BLOCK_B rows of the batch, in one direction of the layer, for all T steps. It reads
-W_hh from device memory once, before the loop. In the loop x_gates come in (reverse: d_output and
-what the forward pass saved) and the output goes out (reverse: d_x_gates); nothing else does.
+One program owns BLOCK_B rows of the batch, in one direction of the layer, for all T steps, and one
+slice of the hidden units: all of them where SLICES is 1. It reads its part of W_hh from device
+memory once, before the loop. In the loop x_gates come in (reverse: d_output and what the forward
+pass saved) and the output goes out (reverse: d_x_gates); sliced, the blocks of a batch tile also
+give each other their parts of a step (exchange.py). Nothing else comes or goes.
 
 Tiles are (hidden units, batch rows): the product of a step is W_hh @ h with W_hh as the left
 operand, so that the large dimension is the M of the matrix instruction and a small batch its N.
@@ -26,10 +28,10 @@ RUNTIME = [
 
 
 @triton.jit
-def load_gates(ptrs, mask, GATE_STRIDE: tl.constexpr, GATES: tl.constexpr):
+def load_gates(ptrs, mask, H: tl.constexpr, GATES: tl.constexpr):
     tiles = ()
     for gate in tl.static_range(GATES):
-        tiles += (tl.load(ptrs + gate * GATE_STRIDE, mask=mask, other=0.0),)
+        tiles += (tl.load(ptrs + gate * H, mask=mask, other=0.0),)
     return tiles
 
 

@@ -27,12 +27,8 @@ def concurrent(monkeypatch):
     forward, reverse = kernels.forward_kernel, kernels.reverse_kernel
 
     def use(slices: int, patience: int = 1 << 30, **how) -> None:
-        def plan(gates, hidden_size, batch, directions, dtype, tf32, limits):
-            block_h = max(16, 1 << (hidden_size - 1).bit_length())
-            parts = 2 if dtype == torch.float32 and not tf32 else 1
-            found = plan_slices(
-                slices, 16, gates, hidden_size, block_h, batch, directions, dtype, parts, LIMITS
-            )
+        def plan(*shape_and_limits):
+            found = plan_slices(slices, 16, *shape_and_limits[:-1], LIMITS)
             assert found is not None and found.slices == slices
             return found
 
