@@ -11,6 +11,13 @@ from .functional import BACKENDS, check_lengths, choose, run
 from .kernels.plan import NoPlan
 
 
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that all layers compute in: the input's, unless autocast asks for another."""
+    if torch.is_autocast_enabled(input.device.type):
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
 class RNN(torch.nn.RNN):
     """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
     torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
@@ -36,6 +43,10 @@ class RNN(torch.nn.RNN):
     @property
     def cell(self) -> str:
         return f"rnn_{self.nonlinearity}"
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
@@ -112,10 +123,7 @@ class RNN(torch.nn.RNN):
         if lengths is not None:
             check_lengths(lengths, input.size(steps), input.size(rows))
             lengths = lengths.to(input.device, non_blocking=True)
-        dtype = input.dtype
-        if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-        D = 2 if self.bidirectional else 1
+        dtype, D = compute_dtype(input), self.directions
         if hx is None:
             hx = input.new_zeros(self.num_layers * D, input.size(rows), self.hidden_size)
         x, h0 = input.to(dtype), hx.to(dtype)
@@ -167,8 +175,8 @@ class RNN(torch.nn.RNN):
             )
         if hx is None:
             return
-        D = 2 if self.bidirectional else 1
-        self.check_hidden_size(hx, (self.num_layers * D, input.size(rows), self.hidden_size))
+        layers = self.num_layers * self.directions
+        self.check_hidden_size(hx, (layers, input.size(rows), self.hidden_size))
         if hx.device != input.device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, found input tensor at "
@@ -188,17 +196,13 @@ def explain(module: RNN, input: Tensor | PackedSequence) -> str:
     else:
         tensor = input
         batch = 1 if input.dim() == 2 else input.size(0 if module.batch_first else 1)
-    dtype = tensor.dtype
-    if torch.is_autocast_enabled(tensor.device.type):
-        dtype = torch.get_autocast_dtype(tensor.device.type)
-    D = 2 if module.bidirectional else 1
     found = choose(
         module.backend,
         module.cell,
         module.hidden_size,
         batch,
-        D,
-        dtype,
+        module.directions,
+        compute_dtype(tensor),
         tensor.device,
     )
     name = "torch" if isinstance(found, NoPlan) else "triton"

@@ -57,15 +57,15 @@ def find_cell(name: str, dtype: torch.dtype) -> Cell:
     return CELLS[name]
 
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Product = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 def addmm_product(weight: Tensor) -> Product:
-    """The function (x, h, out) -> x + h @ weight.T; `out` is x, another buffer, or None."""
+    """The function (x, h, in_place) -> x + h @ weight.T, written over x if in_place."""
     transposed = weight.t()
 
-    def product(x: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
-        return x.addmm_(h, transposed) if out is x else torch.addmm(x, h, transposed, out=out)
+    def product(x: Tensor, h: Tensor, in_place: bool) -> Tensor:
+        return x.addmm_(h, transposed) if in_place else torch.addmm(x, h, transposed)
 
     return product
 
@@ -78,9 +78,9 @@ def packed_product(weight: Tensor, batch: int) -> Product:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
     linear = torch.ops.mkldnn._linear_pointwise.binary
 
-    def product(x: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
+    def product(x: Tensor, h: Tensor, in_place: bool) -> Tensor:
         result = linear(h, x, packed, None, "add")
-        return result if out is None else out.copy_(result)
+        return x.copy_(result) if in_place else result
 
     return product
 
@@ -133,7 +133,7 @@ def forward(
         ys = output_d.unbind(0)
         h = h0[d]
         for t in order(T, reverse != bool(d)):
-            y = activate_(product(ys[t], h, ys[t]))
+            y = activate_(product(ys[t], h, True))
             h = y if active is None else torch.where(active[t], y, h)
         h_n[d] = h
     if active is not None:
@@ -179,7 +179,7 @@ def reverse(
             if active is not None:  # but hands d_h on as it came
                 d_y = d_y + d_h.masked_fill(active[t], 0)
             if t != steps[-1] or need_d_h0:
-                d_h = product(d_y, d_gates[t], None)
+                d_h = product(d_y, d_gates[t], False)
         all_d_gates.append(d_gates)
         all_d_h0.append(d_h)
     if differentiable:
