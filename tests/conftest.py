@@ -32,3 +32,12 @@ def tf32(request):
     torch.backends.cudnn.allow_tf32 = request.param
     yield request.param
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other cost seconds a step where something else has a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

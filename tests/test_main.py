@@ -1,23 +1,22 @@
-"""The main job, `python -m rnn`: what it reads, learns, reports, leaves behind and refuses."""
+"""The command `python -m rnn`: what it leaves behind, and what it refuses."""
 
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from test_charlm import TEXT
 
 import rnn
 from rnn import __main__ as cli
 from rnn import charlm
-from rnn.charlm import CHUNK, IGNORED, ROWS, CharLM, Corpus, Trainer
 
-TEXT = "".join(f"{n} times {n} is {n * n};\n" for n in range(700))
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--hidden-size", "16", "--backend", "torch"]
 RUN = [sys.executable, "-m", "rnn", *SMALL]
 WITHOUT = """
@@ -36,25 +35,11 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other cost seconds a step where something else has a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def corpus():
-    return Corpus.of(TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +61,6 @@ def checkpoint(one_step, tmp_path):
     return path
 
 
-def trainer(corpus, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return Trainer(CharLM(corpus.symbols, 16, 2, backend="torch").to(dtype), corpus.train)
-
-
-def with_memory(trainer):
-    """Each unit latches, so that what was read a chunk ago still shows: new weights forget."""
-    for name, weight in trainer.model.named_parameters():
-        if "weight_hh" in name:
-            torch.nn.init.eye_(weight).data.mul_(3)
-    return trainer
-
-
-def steps(trainer, count, of):
-    for step in range(len(trainer.losses), len(trainer.losses) + count):
-        trainer.step(charlm.learning_rate(step / of))
-    return trainer
-
-
 def refusal(capsys, *arguments):
     """The one line that a command ends with, at exit status 2."""
     with pytest.raises(SystemExit) as exit:
@@ -103,135 +69,6 @@ def refusal(capsys, *arguments):
     line = capsys.readouterr().err
     assert line.startswith("python -m rnn: ") and line.count("\n") == 1, line
     return line
-
-
-# What it reads
-
-
-def test_the_last_5_percent_are_held_out_and_their_new_characters_are_one_symbol():
-    corpus = Corpus.of("ab" * 950 + "é" + "ab" * 49 + "a")
-    assert (len(corpus.train), len(corpus.heldout)) == (1900, 100)
-    assert corpus.characters == "ab" and corpus.symbols == 3
-    assert corpus.train[:4].tolist() == [1, 2, 1, 2]
-    assert corpus.heldout[:3].tolist() == [0, 1, 2]
-
-
-def test_a_character_seen_once_in_training_is_the_other_symbol_too():
-    corpus = Corpus.of("ab" * 500 + "é" + "ab" * 500)
-    assert corpus.characters == "ab" and corpus.train[1000] == 0
-
-
-@pytest.mark.parametrize("length", [2, 3, 32, 33, 34, 100])
-def test_streams_are_contiguous_and_each_character_is_a_target_once(length):
-    text = torch.arange(length)
-    inputs, targets = charlm.streams(text, rows=3)
-    assert targets.t().flatten()[: length - 1].tolist() == list(range(1, length))
-    assert (targets.t().flatten()[length - 1 :] == IGNORED).all()
-    assert torch.equal(inputs[targets != IGNORED] + 1, targets[targets != IGNORED])
-
-
-def test_the_default_text_is_the_standard_library():
-    assert Path(os.__file__).read_text(encoding="utf-8") in charlm.read_text(None)
-
-
-# How it learns
-
-
-def test_the_state_is_carried_from_chunk_to_chunk(corpus):
-    trained = with_memory(trainer(corpus))
-    trained.step(rate=0.0)
-    trained.step(rate=0.0)
-    _, state = trained.model(trained.inputs[: 2 * CHUNK])
-    torch.testing.assert_close(trained.state, state.detach())
-    assert not trained.state.requires_grad
-
-
-def test_at_the_end_of_the_text_it_starts_again_from_a_zero_state(corpus):
-    trained = with_memory(trainer(corpus))
-    chunks = math.ceil(len(trained.inputs) / CHUNK)
-    for _ in range(chunks + 1):
-        trained.step(rate=0.0)
-    assert trained.losses[-1] == pytest.approx(trained.losses[0])
-    _, state = trained.model(trained.inputs[:CHUNK])
-    torch.testing.assert_close(trained.state, state.detach())
-
-
-def test_the_learning_rate_ends_at_zero():
-    rates = [charlm.learning_rate(step / 1000) for step in range(1001)]
-    peak = rates.index(max(rates))
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert rates[-1] == 0 and peak < 100
-
-
-@pytest.mark.parametrize("dtype", cli.DTYPES)
-def test_every_dtype_learns_and_keeps_its_weights_in_that_dtype(corpus, dtype):
-    dtype = getattr(torch, dtype)
-    trained = steps(trainer(corpus, dtype), 30, of=30)
-    assert trained.losses[-1] < trained.losses[0] - 0.3
-    assert all(weight.dtype == dtype for weight in trained.model.parameters())
-
-
-def test_a_seed_and_a_number_of_steps_decide_everything(corpus):
-    one, same = (steps(trainer(corpus, seed=1), 5, of=5) for _ in range(2))
-    other = steps(trainer(corpus, seed=2), 5, of=5)
-    assert one.losses == same.losses != other.losses
-    for name, weight in one.masters.items():
-        assert torch.equal(weight, same.masters[name]), name
-    torch.manual_seed(3)
-    written = charlm.sample(one.model, corpus, 50)
-    torch.manual_seed(3)
-    assert written == charlm.sample(same.model, corpus, 50)
-
-
-# What it reports
-
-
-def test_heldout_bits_are_those_of_streams_that_carry_their_state():
-    corpus = Corpus.of(TEXT * 25)  # longer than the pieces that the streams are read in
-    model = with_memory(trainer(corpus)).model
-    symbols = [*corpus.train[-1:].tolist(), *corpus.heldout.tolist()]
-    length = math.ceil(len(corpus.heldout) / ROWS)
-    assert length > 256
-    bits = 0.0
-    with torch.no_grad():
-        for start in range(0, len(corpus.heldout), length):
-            stretch = torch.tensor(symbols[start : start + length + 1]).unsqueeze(1)
-            logits, _ = model(stretch[:-1])
-            chosen = logits.log_softmax(-1).gather(-1, stretch[1:].unsqueeze(-1))
-            bits -= chosen.sum().item() / math.log(2)
-    assert charlm.evaluate(model, corpus) == pytest.approx(bits / len(corpus.heldout), rel=1e-4)
-
-
-def test_an_untaught_readout_costs_the_bits_of_its_symbols(corpus):
-    model = trainer(corpus).model
-    torch.nn.init.zeros_(model.readout.weight)
-    assert charlm.evaluate(model, corpus) == pytest.approx(math.log2(corpus.symbols))
-
-
-def witten_bell(train, heldout, symbols, order):
-    """The count model of one order, with dictionaries: bits per character."""
-    count = defaultdict(Counter)
-    for n in range(order + 1):
-        for i in range(n, len(train)):
-            count[train[i - n : i]][train[i]] += 1
-
-    def p(context, c):
-        below = 1 / symbols if not context else p(context[1:], c)
-        seen = count[context]
-        if not seen:
-            return below
-        return (seen[c] + len(seen) * below) / (seen.total() + len(seen))
-
-    text = train + heldout
-    places = range(len(train), len(text))
-    return -sum(math.log2(p(text[i - order : i], text[i])) for i in places) / len(heldout)
-
-
-def test_count_models_agree_with_dictionaries(corpus):
-    train, heldout = map(tuple, (corpus.train.tolist(), corpus.heldout.tolist()))
-    expected = [witten_bell(train, heldout, corpus.symbols, order) for order in range(4)]
-    assert charlm.count_models(corpus) == pytest.approx(expected)
 
 
 # The command
@@ -301,21 +138,6 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_from(tmp_path, text_file):
     assert len(resumed["losses"]) > len(saved["losses"])
 
 
-def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
-    trained = trainer(corpus)
-
-    def spent():
-        if len(trained.losses) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return 0.5
-
-    before = signal.getsignal(signal.SIGINT)
-    with charlm.interrupts_held() as interrupted:
-        charlm.train(trained, spent, interrupted)
-    assert interrupted.is_set() and signal.getsignal(signal.SIGINT) is before
-    assert len(trained.losses) in (2, 3) and trained.position == len(trained.losses) * CHUNK
-
-
 def test_an_interrupt_before_the_training_says_that_there_is_no_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
@@ -328,33 +150,6 @@ def test_an_interrupt_before_the_training_says_that_there_is_no_checkpoint(
 
 
 # Checkpoints
-
-
-@pytest.mark.parametrize("dtype", cli.DTYPES)
-def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus, tmp_path, dtype):
-    dtype, path = getattr(torch, dtype), tmp_path / "checkpoint.pt"
-    whole = steps(trainer(corpus, dtype), 8, of=8)
-
-    charlm.save_checkpoint(
-        {"format": charlm.FORMAT, **steps(trainer(corpus, dtype), 4, of=8).state_dict()}, path
-    )
-    resumed = trainer(corpus, dtype, seed=1)
-    resumed.load_state_dict(charlm.load_checkpoint(path))
-    steps(resumed, 4, of=8)
-
-    assert resumed.losses == whole.losses
-    for name, weight in whole.masters.items():
-        assert torch.equal(resumed.masters[name], weight), name
-    for weight, resumed_weight in zip(whole.model.parameters(), resumed.model.parameters()):
-        assert torch.equal(resumed_weight, weight)
-
-
-def test_the_generator_goes_on_too(corpus):
-    trained = trainer(corpus)
-    saved = trained.state_dict()
-    drawn = torch.rand(3)
-    trained.load_state_dict(saved)
-    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(checkpoint, monkeypatch):

@@ -199,20 +199,16 @@ def test_functional_call():
     assert torch.equal(torch.func.functional_call(ours, zeros, (x,))[0], torch.zeros(6, 3, H))
 
 
-def test_kernels_train_a_deep_stack():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares on the CPU")
+@pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
+def test_kernels_train_a_deep_stack(tf32):
     """The module over the kernels, all of it, against torch.nn.RNN."""
     config = {"num_layers": 2, "bidirectional": True, "batch_first": True}
     theirs, _ = pair(**config)
     ours = rnn.RNN(I, H, **config, backend="triton")
     ours.load_state_dict(theirs.state_dict())
     x, hx = inputs(config)
-    if torch.cuda.is_available():
-        pytest.skip("compares on the CPU; tests/test_recurrence.py runs on the GPU")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        assert_same(results(ours, x, hx), results(theirs, x, hx))
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
+    assert_same(results(ours, x, hx), results(theirs, x, hx))
 
 
 X, HX = torch.randn(6, 3, I), torch.randn(1, 3, H)
