@@ -2,6 +2,16 @@
 
 from .functional import recurrence
 from .modules import RNN, explain
+from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
 
-__all__ = ["RNN", "explain", "recurrence"]
+__all__ = [
+    "RNN",
+    "EncoderDecoder",
+    "ManyToMany",
+    "ManyToOne",
+    "OneToMany",
+    "OneToOne",
+    "explain",
+    "recurrence",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
 """Modules that drop in for those of torch.nn."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,6 +186,12 @@ class RNN(torch.nn.RNN):
             )
         if hx.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
             raise RuntimeError(f"hx must be {input.dtype} as input is, got {hx.dtype}")
+
+
+MODULES: dict[str, Callable[..., RNN]] = {  # of each cell, by the name that recurrence() takes
+    "rnn_tanh": partial(RNN, nonlinearity="tanh"),
+    "rnn_relu": partial(RNN, nonlinearity="relu"),
+}
 
 
 def explain(module: RNN, input: Tensor | PackedSequence) -> str:

@@ -41,4 +41,5 @@ def test_without_triton():
 def test_the_public_face():
     import rnn
 
-    assert rnn.__all__ == ["RNN", "explain", "recurrence"]
+    patterns = ["EncoderDecoder", "ManyToMany", "ManyToOne", "OneToMany", "OneToOne"]
+    assert rnn.__all__ == ["RNN", *patterns, "explain", "recurrence"]

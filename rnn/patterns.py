@@ -1,0 +1,341 @@
+"""The five sequence patterns, as models: a recurrent module of any cell and depth between an input
+and the read-out y_t = W_hy h_t.
+
+    OneToOne        one input, one output, one step: a plain network
+    OneToMany       an input conditions a sequence that the model writes: captioning
+    ManyToOne       a sequence gives one label: sentiment
+    EncoderDecoder  a sequence is read, then another one is written: translation
+    ManyToMany      an output at each step: labelling every video frame
+
+Sequences are time-major, (T, B, ...), as the default of torch.nn.RNN. In the drawings time runs
+from left to right, `->` is W_hh, and an input goes up through W_ih, a state up through W_hy.
+
+Arguments that all constructors share:
+    cell: "rnn_tanh" or "rnn_relu", a name in rnn.modules.MODULES.
+    embedding: None for inputs that are vectors of input_size features, which W_ih takes as they
+        are; a width for inputs that are symbols, int64 in [0, input_size), which are embedded into
+        vectors of that width first.
+    num_layers, bidirectional, dropout, bias, backend, device, dtype: as of rnn.RNN.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import check_lengths
+from .generation import Generated, State, generate
+from .modules import MODULES, RNN
+
+IGNORED = -100  # a label that is none: the loss leaves it out
+
+
+def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> RNN:
+    if cell not in MODULES:
+        raise ValueError(f"cell must be one of {sorted(MODULES)}, got {cell!r}")
+    if options.get("batch_first"):
+        raise ValueError("the patterns take (T, B, ...): batch_first is not for them")
+    return MODULES[cell](input_size, hidden_size, **options)
+
+
+def placement(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of a recurrent module, those that go for every layer."""
+    return {name: options[name] for name in ("device", "dtype") if name in options}
+
+
+def input_layer(input_size: int, embedding: int | None, options: dict[str, Any]) -> nn.Module:
+    if embedding is None:
+        return nn.Identity()
+    return nn.Embedding(input_size, embedding, **placement(options))
+
+
+def final_hidden(state: State, directions: int) -> Tensor:
+    """h of the last layer after a row's last step, (B, D * H): its directions side by side."""
+    h_n = state if isinstance(state, Tensor) else state[0]
+    return torch.cat(h_n[-directions:].unbind(0), 1)
+
+
+def behind_the_ends(lengths: Tensor, T: int) -> Tensor:
+    """(T, B) bool: where a row of this length has ended."""
+    return torch.arange(T, device=lengths.device)[:, None] >= lengths
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not IGNORED, in nats, in float32 or better.
+
+    Raises ValueError unless labels have the shape of logits without their last dimension.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must be {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}, "
+            f"for logits {tuple(logits.shape)}"
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+class Pattern(nn.Module):
+    """What a pattern with one recurrent module is made of: input, recurrence, read-out."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        outputs: int,
+        *,
+        cell: str = "rnn_tanh",
+        embedding: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.embedding = input_layer(input_size, embedding, options)
+        self.rnn = recurrent(cell, embedding or input_size, hidden_size, options)
+        width = self.rnn.directions * hidden_size
+        self.readout = nn.Linear(width, outputs, bias=False, **placement(options))
+
+
+class OneToOne(Pattern):
+    """One input, one output, one step: with its zero initial state, a plain network.
+
+    y
+    ^
+    h
+    ^
+    x
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, input_size), or symbols (B,) -> logits (B, outputs)."""
+        output, _ = self.rnn(self.embedding(x).unsqueeze(0))
+        return self.readout(output[0])
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of labels (B,), in nats."""
+        return cross_entropy(self(x), labels)
+
+
+class ManyToOne(Pattern):
+    """A sequence gives one label. It may be bidirectional: each direction's last state is read.
+
+                y
+                ^
+    h --> h --> h
+    ^     ^     ^
+    x1    x2    x3
+    """
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (T, B, input_size), or symbols (T, B) -> logits (B, outputs).
+
+        lengths (B,): row b ends after lengths[b] steps; a row of length 0 has logits 0.
+        """
+        _, state = self.rnn(self.embedding(x), lengths=lengths)
+        return self.readout(final_hidden(state, self.rnn.directions))
+
+    def loss(self, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of labels (B,), in nats."""
+        return cross_entropy(self(x, lengths), labels)
+
+
+class ManyToMany(Pattern):
+    """An output at each step. Bidirectional, an output sees the whole sequence; else its past,
+    and then the sequence may come in pieces (`stream`).
+
+        y1    y2    y3
+        ^     ^     ^
+        h --> h --> h
+        ^     ^     ^
+        x1    x2    x3
+    """
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (T, B, input_size), or symbols (T, B) -> logits (T, B, outputs).
+
+        lengths (B,): row b ends after lengths[b] steps; behind its end its logits are 0.
+        """
+        output, _ = self.rnn(self.embedding(x), lengths=lengths)
+        return self.readout(output)
+
+    def stream(
+        self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The next piece of a sequence, one step or many: logits, and the state for the piece
+        after it. state (L, B, H): zero if None.
+
+        Raises ValueError for a bidirectional model, whose outputs need the steps to come.
+        """
+        if self.rnn.bidirectional:
+            raise ValueError("a bidirectional model cannot stream: its outputs need later steps")
+        output, state = self.rnn(self.embedding(x), state, lengths=lengths)
+        return self.readout(output), state
+
+    def loss(self, x: Tensor, labels: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of labels (T, B) over the steps before the ends, in nats."""
+        logits = self(x, lengths)
+        if lengths is not None:
+            ended = behind_the_ends(lengths.to(labels.device), len(labels))
+            labels = labels.masked_fill(ended, IGNORED)
+        return cross_entropy(logits, labels)
+
+
+class OneToMany(nn.Module):
+    """An input conditions a sequence of symbols that the model writes until the end symbol.
+
+        y1    y2    end
+        ^     ^     ^
+        h --> h --> h
+        ^     ^     ^
+        c     c+y1  c+y2        c = W_c x + b, and y the embedding of a symbol
+
+    c comes in at every step, so that the state need not remember it (Cho et al., Learning phrase
+    representations using RNN encoder-decoder, 2014, arXiv 1406.1078).
+
+    Args:
+        input_size, hidden_size: of the conditioning input x, and of the recurrent module.
+        outputs: the number of symbols, the end symbol among them.
+        end: the symbol that ends a sequence. It is added here: it is in no target.
+        symbol_size: features of c and of an embedded symbol.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        outputs: int,
+        *,
+        end: int = 0,
+        symbol_size: int = 64,
+        cell: str = "rnn_tanh",
+        embedding: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not 0 <= end < outputs:
+            raise ValueError(f"end must lie in [0, {outputs}), got {end}")
+        if options.get("bidirectional"):
+            raise ValueError("what is being written has no later steps: bidirectional cannot be")
+        self.end = end
+        place = placement(options)
+        self.embedding = input_layer(input_size, embedding, options)
+        self.condition = nn.Linear(embedding or input_size, symbol_size, **place)
+        self.symbols = nn.Embedding(outputs, symbol_size, **place)
+        self.rnn = recurrent(cell, symbol_size, hidden_size, options)
+        self.readout = nn.Linear(hidden_size, outputs, bias=False, **place)
+
+    def forward(self, x: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Teacher forcing: the logits of each symbol when those before it are the targets'.
+
+        x (B, input_size), or symbols (B,); targets (T, B), without the end symbol; lengths (B,)
+        of the targets, T if None -> logits (T + 1, B, outputs), of which step lengths[b] is that
+        of the end symbol; those behind it are 0.
+        """
+        if targets.dim() != 2 or targets.size(1) != len(x):
+            raise RuntimeError(f"targets must be (T, {len(x)}), got {tuple(targets.shape)}")
+        T, B = targets.shape
+        if lengths is not None:
+            check_lengths(lengths, T, B)
+            lengths = lengths.to(targets.device)
+            targets = targets.masked_fill(behind_the_ends(lengths, T), self.end)
+            lengths = lengths + 1  # the step that writes the end symbol
+        before = F.pad(self.symbols(targets), (0, 0, 0, 0, 1, 0))  # nothing before the first step
+        output, _ = self.rnn(self.condition(self.embedding(x)) + before, lengths=lengths)
+        return self.readout(output)
+
+    def loss(self, x: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy over the targets and their end symbols, in nats. Args of forward."""
+        logits = self(x, targets, lengths)
+        T, B = targets.shape
+        ends = targets.new_full((B,), T) if lengths is None else lengths.to(targets.device)
+        labels = F.pad(targets, (0, 0, 0, 1), value=self.end)
+        labels = labels.masked_fill(behind_the_ends(ends, T + 1), self.end)
+        return cross_entropy(logits, labels.masked_fill(behind_the_ends(ends + 1, T + 1), IGNORED))
+
+    @torch.no_grad()
+    def generate(self, x: Tensor, **how: Any) -> Generated:
+        """Write a sequence for each row of x (B, input_size), or symbols (B,).
+
+        how: max_length, beam, temperature and generator of rnn.generation.generate, which says
+        what they mean, what comes back and what is raised.
+        """
+        return generate(self._next, self.condition(self.embedding(x)), end=self.end, **how)
+
+    def _next(self, c: Tensor, before: Tensor | None, state: State | None) -> tuple[Tensor, State]:
+        step = c if before is None else c + self.symbols(before)
+        output, state = self.rnn(step.unsqueeze(0), state)
+        return self.readout(output[0]), state
+
+
+class EncoderDecoder(nn.Module):
+    """A sequence is read, then another one is written: many-to-one, then one-to-many. The encoder
+    may be bidirectional.
+
+                          y1    y2    end
+                          ^     ^     ^
+        e --> e --> e     h --> h --> h
+        ^     ^     ^     ^     ^     ^
+        x1    x2    x3    c     c+y1  c+y2        c of the encoder's last state
+
+    Args:
+        input_size: of x; see the top of this file for `embedding`.
+        hidden_size, num_layers, dropout, cell: of the encoder and of the decoder.
+        outputs, end, symbol_size: as of OneToMany, which is the decoder.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        outputs: int,
+        *,
+        end: int = 0,
+        symbol_size: int = 64,
+        cell: str = "rnn_tanh",
+        embedding: int | None = None,
+        bidirectional: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.embedding = input_layer(input_size, embedding, options)
+        encoder = {**options, "bidirectional": bidirectional}
+        self.encoder = recurrent(cell, embedding or input_size, hidden_size, encoder)
+        self.decoder = OneToMany(
+            self.encoder.directions * hidden_size,
+            hidden_size,
+            outputs,
+            end=end,
+            symbol_size=symbol_size,
+            cell=cell,
+            **options,
+        )
+
+    def encode(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x (T, B, input_size), or symbols (T, B), and lengths (B,) -> last state (B, D * H)."""
+        _, state = self.encoder(self.embedding(x), lengths=lengths)
+        return final_hidden(state, self.encoder.directions)
+
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher forcing: x as of encode, targets and target_lengths as of OneToMany.forward
+        -> logits (T + 1, B, outputs), T that of targets."""
+        return self.decoder(self.encode(x, lengths), targets, target_lengths)
+
+    def loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        lengths: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy over the targets and their end symbols, in nats."""
+        return self.decoder.loss(self.encode(x, lengths), targets, target_lengths)
+
+    @torch.no_grad()
+    def generate(self, x: Tensor, lengths: Tensor | None = None, **how: Any) -> Generated:
+        """Read x, then write; how: as of OneToMany.generate."""
+        return self.decoder.generate(self.encode(x, lengths), **how)
