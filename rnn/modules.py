@@ -131,7 +131,7 @@ class RNN(torch.nn.RNN):
         x, h0 = input.to(dtype), hx.to(dtype)
         states = []
         for layer in range(self.num_layers):
-            weight_ih, weight_hh, bias = self._weights(layer, dtype)
+            weight_ih, weight_hh, bias = self.layer_weights(layer, dtype)
             x_gates = F.linear(x, weight_ih, bias)
             output, h_n = run(
                 x_gates.transpose(0, 1) if batch_first else x_gates,
@@ -148,7 +148,7 @@ class RNN(torch.nn.RNN):
                 x = F.dropout(x, self.dropout, self.training)
         return x, states[0] if len(states) == 1 else torch.cat(states)
 
-    def _weights(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    def layer_weights(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """(D*G*H, I), (D, G*H, H) and (D*G*H,): the directions of a layer, one after the other."""
 
         def both(name: str) -> list[Tensor]:

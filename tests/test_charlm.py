@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn import __main__ as cli
-from rnn import charlm
-from rnn.charlm import CHUNK, IGNORED, ROWS, CharLM, Corpus, Trainer
+from rnn.jobs import charlm, cli
+from rnn.jobs.charlm import CHUNK, ROWS, Settings, Trainer
+from rnn.jobs.corpus import Corpus, count_models, read_text, streams
+from rnn.patterns import IGNORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "".join(f"{n} times {n} is {n * n};\n" for n in range(700))
+
+SMALL = Settings(hidden_size=16, backend="torch")
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def corpus():
 
 def trainer(corpus, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    return Trainer(CharLM(corpus.symbols, 16, 2, backend="torch").to(dtype), corpus.train)
+    return Trainer(charlm.make_model(corpus.symbols, SMALL).to(dtype), corpus.train)
 
 
 def with_memory(trainer):
@@ -61,14 +64,14 @@ def test_a_character_seen_once_in_training_is_the_other_symbol_too():
 @pytest.mark.parametrize("length", [2, 3, 32, 33, 34, 100])
 def test_streams_are_contiguous_and_each_character_is_a_target_once(length):
     text = torch.arange(length)
-    inputs, targets = charlm.streams(text, rows=3)
+    inputs, targets = streams(text, rows=3)
     assert targets.t().flatten()[: length - 1].tolist() == list(range(1, length))
     assert (targets.t().flatten()[length - 1 :] == IGNORED).all()
     assert torch.equal(inputs[targets != IGNORED] + 1, targets[targets != IGNORED])
 
 
 def test_the_default_text_is_the_standard_library():
-    assert Path(os.__file__).read_text(encoding="utf-8") in charlm.read_text(None)
+    assert Path(os.__file__).read_text(encoding="utf-8") in read_text(None)
 
 
 # How it learns
@@ -78,7 +81,7 @@ def test_the_state_is_carried_from_chunk_to_chunk(corpus):
     trained = with_memory(trainer(corpus))
     trained.step(rate=0.0)
     trained.step(rate=0.0)
-    _, state = trained.model(trained.inputs[: 2 * CHUNK])
+    _, state = trained.model.stream(trained.inputs[: 2 * CHUNK])
     torch.testing.assert_close(trained.state, state.detach())
     assert not trained.state.requires_grad
 
@@ -89,7 +92,7 @@ def test_at_the_end_of_the_text_it_starts_again_from_a_zero_state(corpus):
     for _ in range(chunks + 1):
         trained.step(rate=0.0)
     assert trained.losses[-1] == pytest.approx(trained.losses[0])
-    _, state = trained.model(trained.inputs[:CHUNK])
+    _, state = trained.model.stream(trained.inputs[:CHUNK])
     torch.testing.assert_close(trained.state, state.detach())
 
 
@@ -101,7 +104,7 @@ def test_the_learning_rate_ends_at_zero():
     assert rates[-1] == 0 and peak < 100
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES)
+@pytest.mark.parametrize("dtype", charlm.DTYPES)
 def test_every_dtype_learns_and_keeps_its_weights_in_that_dtype(corpus, dtype):
     dtype = getattr(torch, dtype)
     trained = steps(trainer(corpus, dtype), 30, of=30)
@@ -134,7 +137,7 @@ def test_heldout_bits_are_those_of_streams_that_carry_their_state():
     with torch.no_grad():
         for start in range(0, len(corpus.heldout), length):
             stretch = torch.tensor(symbols[start : start + length + 1]).unsqueeze(1)
-            logits, _ = model(stretch[:-1])
+            logits, _ = model.stream(stretch[:-1])
             chosen = logits.log_softmax(-1).gather(-1, stretch[1:].unsqueeze(-1))
             bits -= chosen.sum().item() / math.log(2)
     assert charlm.evaluate(model, corpus) == pytest.approx(bits / len(corpus.heldout), rel=1e-4)
@@ -168,7 +171,7 @@ def witten_bell(train, heldout, symbols, order):
 def test_count_models_agree_with_dictionaries(corpus):
     train, heldout = map(tuple, (corpus.train.tolist(), corpus.heldout.tolist()))
     expected = [witten_bell(train, heldout, corpus.symbols, order) for order in range(4)]
-    assert charlm.count_models(corpus) == pytest.approx(expected)
+    assert count_models(corpus) == pytest.approx(expected)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
@@ -180,7 +183,7 @@ def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
         return 0.5
 
     before = signal.getsignal(signal.SIGINT)
-    with charlm.interrupts_held() as interrupted:
+    with cli.interrupts_held() as interrupted:
         charlm.train(trained, spent, interrupted)
     assert interrupted.is_set() and signal.getsignal(signal.SIGINT) is before
     assert len(trained.losses) in (2, 3) and trained.position == len(trained.losses) * CHUNK
@@ -189,16 +192,15 @@ def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
 # Checkpoints
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES)
+@pytest.mark.parametrize("dtype", charlm.DTYPES)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus, tmp_path, dtype):
     dtype, path = getattr(torch, dtype), tmp_path / "checkpoint.pt"
     whole = steps(trainer(corpus, dtype), 8, of=8)
 
-    charlm.save_checkpoint(
-        {"format": charlm.FORMAT, **steps(trainer(corpus, dtype), 4, of=8).state_dict()}, path
-    )
+    saved = steps(trainer(corpus, dtype), 4, of=8).state_dict()
+    cli.save_checkpoint({"format": cli.format_of("charlm"), **saved}, path)
     resumed = trainer(corpus, dtype, seed=1)
-    resumed.load_state_dict(charlm.load_checkpoint(path))
+    resumed.load_state_dict(cli.load_checkpoint(path, "charlm"))
     steps(resumed, 4, of=8)
 
     assert resumed.losses == whole.losses

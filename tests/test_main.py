@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from test_charlm import TEXT
 
 import rnn
-from rnn import __main__ as cli
-from rnn import charlm
+from rnn.__main__ import main
+from rnn.jobs import COMMANDS, charlm, cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,12 +22,13 @@ SMALL = ["--hidden-size", "16", "--backend", "torch"]
 RUN = [sys.executable, "-m", "rnn", *SMALL]
 WITHOUT = """
 import runpy, sys
+absent = sys.argv.pop(1)
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name == sys.argv[1]:
+        if name == absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-runpy.run_module("rnn")
+runpy.run_module("rnn", run_name="__main__")
 """
 ENVIRONMENT = {
     **os.environ,
@@ -51,12 +53,12 @@ def one_step(tmp_path_factory):
         hidden_size=16, backend="torch", device="cpu", seconds=1e-9, text=str(folder / "text.txt")
     )
     charlm.run(settings, folder)
-    return (folder / charlm.CHECKPOINT).read_bytes()
+    return (folder / cli.CHECKPOINT).read_bytes()
 
 
 @pytest.fixture
 def checkpoint(one_step, tmp_path):
-    path = tmp_path / charlm.CHECKPOINT
+    path = tmp_path / cli.CHECKPOINT
     path.write_bytes(one_step)
     return path
 
@@ -64,7 +66,7 @@ def checkpoint(one_step, tmp_path):
 def refusal(capsys, *arguments):
     """The one line that a command ends with, at exit status 2."""
     with pytest.raises(SystemExit) as exit:
-        cli.main([*map(str, arguments)])
+        main([*map(str, arguments)])
     assert exit.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("python -m rnn: ") and line.count("\n") == 1, line
@@ -96,7 +98,7 @@ def test_a_run_says_what_runs_and_leaves_a_checkpoint_and_a_curve(tmp_path, text
 
 def test_help_gives_every_flag_its_default(capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["--help"])
+        main(["--help"])
     assert exit.value.code == 0
     flags = "hidden-size num-layers dtype backend device seconds seed text out resume".split()
     help = capsys.readouterr().out
@@ -145,7 +147,7 @@ def test_an_interrupt_before_the_training_says_that_there_is_no_checkpoint(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(charlm, "read_text", interrupt)
-    assert cli.main(["--out", str(tmp_path)]) == 130
+    assert main(["--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted; there is no checkpoint yet\n"
 
 
@@ -161,12 +163,12 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(checkpoint, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(OSError, match="disk full"):
-        charlm.save_checkpoint({}, checkpoint)
+        cli.save_checkpoint({}, checkpoint)
     assert checkpoint.read_bytes() == before
 
 
 def test_resume_takes_the_flags_left_out_from_the_checkpoint(checkpoint, capsys):
-    assert cli.main(["--resume", "--out", str(checkpoint.parent)]) == 0
+    assert main(["--resume", "--out", str(checkpoint.parent)]) == 0
     assert "model: 2 layers of 16, float32" in capsys.readouterr().out
 
 
@@ -291,13 +293,37 @@ def test_resuming_from_a_damaged_checkpoint(checkpoint, capsys, damage):
 def test_resuming_from_another_programs_checkpoint(checkpoint, capsys, content):
     torch.save(content, checkpoint)
     line = refusal(capsys, "--resume", "--out", checkpoint.parent)
-    assert "is no checkpoint of this job" in line
+    assert "is no checkpoint of charlm" in line
 
 
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib"])
-def test_without_the_demo_extra_it_says_what_to_install(package):
+@pytest.mark.parametrize(
+    "module, command",
+    [("tqdm", "charlm"), ("matplotlib", "charlm"), ("sklearn", "many-to-one"), ("tqdm", "inspect")],
+)
+def test_without_the_demo_extra_it_says_what_to_install(module, command):
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, package], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT, module, command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == f"python -m rnn needs {package}: pip install tqdm matplotlib\n"
+    package = {"sklearn": "scikit-learn"}.get(module, module)
+    install = "pip install tqdm matplotlib scikit-learn"
+    assert done.stderr == f"python -m rnn needs {package}: {install}\n"
+
+
+def test_the_list_names_every_command_and_a_module_that_runs_it(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = "charlm one-to-one one-to-many many-to-one many-to-many encoder-decoder inspect"
+    assert [line.split()[3] for line in lines] == names.split() == list(COMMANDS)
+    for command in COMMANDS.values():
+        assert callable(import_module(f"rnn.jobs.{command.module}").main)
+
+
+def test_a_command_that_is_none(capsys):
+    assert main(["many-to-few"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m rnn: no 'many-to-few', but charlm, one-to-one, ")
+    assert error.count("\n") == 1

@@ -8,30 +8,40 @@ that are read side by side, CHUNK steps at a time; the state is carried from chu
 gradient is not. Held-out bits per character stand beside those of count models of order 0 to 3.
 """
 
-import hashlib
 import math
 import os
-import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from threading import Event
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from . import RNN, explain
+from .. import ManyToMany, explain
+from ..patterns import IGNORED
+from .cli import (
+    CHECKPOINT,
+    JobError,
+    Parser,
+    duration,
+    execute,
+    find_device,
+    format_of,
+    interrupts_held,
+    load_checkpoint,
+    make_folder,
+    save_checkpoint,
+    whole,
+)
+from .corpus import STDLIB, Corpus, count_models, read_text, streams
+from .training import Example
 
 ROWS = 64  # B: streams of text read side by side
 CHUNK = 32  # T: steps of truncated BPTT
@@ -40,18 +50,8 @@ LEARNING_RATE = 3e-3
 WARM_UP = 0.03  # of the time
 CLIP = 0.3  # on the norm of the gradient of the mean loss, in nats per character
 SAMPLE = 600  # characters
-SHORTEST_TEXT = 1000  # characters
-IGNORED = -100  # a target that is none: cross_entropy leaves it out
-STDLIB = "the source of Python's standard library"
-CHECKPOINT, LOSS_CURVE = "checkpoint.pt", "loss.png"
-FORMAT = "fused-rnn charlm 1"
-
-
-class JobError(Exception):
-    """What was asked for cannot be done; the first line of the message says why."""
-
-    def __str__(self) -> str:
-        return super().__str__().splitlines()[0]
+LOSS_CURVE = "loss.png"
+PYTHON_LINE = "def norm(x):\n    return math.sqrt(sum(v * v for v in x))\n"
 
 
 @dataclass(frozen=True)
@@ -68,69 +68,16 @@ class Settings:
     text: str | None = None
 
 
-def read_text(path: str | None) -> str:
-    """The text of a UTF-8 file; without a path, the source of Python's standard library."""
-    # Of the library's folder only the files that lie in it: a sub-folder is site-packages, and
-    # the text would change with every package installed.
-    files = [Path(path)] if path else sorted(Path(os.__file__).parent.glob("*.py"))
-    try:
-        return "".join(file.read_text(encoding="utf-8") for file in files)
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read the text {path or ''}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text as symbols: i + 1 stands for characters[i], 0 for every other character."""
-
-    characters: str  # those that occur more than once in the training text
-    train: Tensor  # (N,) int64
-    heldout: Tensor  # (M,) int64, the last 5 % of the text
-    digest: str
-
-    @classmethod
-    def of(cls, text: str) -> "Corpus":
-        if len(text) < SHORTEST_TEXT:
-            raise JobError(f"the text has {len(text)} characters, {SHORTEST_TEXT} are needed")
-        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        trained = len(text) - len(text) // 20
-        known = np.flatnonzero(np.bincount(points[:trained]) > 1)
-        symbol = np.zeros(sys.maxunicode + 1, dtype=np.int64)
-        symbol[known] = np.arange(1, len(known) + 1)
-        train, heldout = torch.from_numpy(symbol[points]).tensor_split([trained])
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return cls("".join(map(chr, known)), train, heldout, digest)
-
-    @property
-    def symbols(self) -> int:
-        return len(self.characters) + 1
-
-
-def streams(text: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Cut a text into rows contiguous stretches: inputs and targets, both (steps, rows).
-
-    Every character but the first is a target once; the places left over at the end are IGNORED.
-    """
-    steps = math.ceil((len(text) - 1) / rows)
-    spare = steps * rows - (len(text) - 1)
-    inputs = F.pad(text[:-1], (0, spare))
-    targets = F.pad(text[1:], (0, spare), value=IGNORED)
-    return inputs.view(rows, steps).t().contiguous(), targets.view(rows, steps).t().contiguous()
-
-
-class CharLM(nn.Module):
+def make_model(symbols: int, settings: Settings) -> ManyToMany:
     """Embedding, a stack of Elman layers, and the read-out y_t = W_hy h_t."""
-
-    def __init__(self, symbols: int, hidden_size: int, num_layers: int, backend: str = "auto"):
-        super().__init__()
-        self.embedding = nn.Embedding(symbols, EMBEDDING)
-        self.rnn = RNN(EMBEDDING, hidden_size, num_layers, nonlinearity="tanh", backend=backend)
-        self.readout = nn.Linear(hidden_size, symbols, bias=False)
-
-    def forward(self, symbols: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(T, B) symbols and state (L, B, H), zero if None -> logits (T, B, V) and new state."""
-        output, state = self.rnn(self.embedding(symbols), state)
-        return self.readout(output), state
+    return ManyToMany(
+        symbols,
+        settings.hidden_size,
+        symbols,
+        embedding=EMBEDDING,
+        num_layers=settings.num_layers,
+        backend=settings.backend,
+    )
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -140,7 +87,7 @@ def nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: CharLM, corpus: Corpus) -> float:
+def evaluate(model: ManyToMany, corpus: Corpus) -> float:
     """Bits per character over the whole held-out text.
 
     The text is read as ROWS contiguous streams at once, each from a zero state that it then
@@ -151,51 +98,23 @@ def evaluate(model: CharLM, corpus: Corpus) -> float:
     inputs, targets = streams(torch.cat((corpus.train[-1:], corpus.heldout)).to(device), ROWS)
     state, total = None, 0.0
     for x, y in zip(inputs.split(256), targets.split(256)):
-        logits, state = model(x, state)
+        logits, state = model.stream(x, state)
         total += nats(logits, y).item()
     return total / math.log(2) / len(corpus.heldout)
 
 
 @torch.no_grad()
-def sample(model: CharLM, corpus: Corpus, length: int) -> str:
+def sample(model: ManyToMany, corpus: Corpus, length: int) -> str:
     """Let the model write length characters, from a zero state and the start of a line."""
     device = model.readout.weight.device
     symbol, state = torch.tensor(corpus.characters.find("\n") + 1), None
     written, alphabet = "", "\ufffd" + corpus.characters
     for _ in range(length):
-        logits, state = model(symbol.view(1, 1).to(device), state)
+        logits, state = model.stream(symbol.view(1, 1).to(device), state)
         # Drawn on the CPU, so that the one generator a checkpoint keeps is the one in use.
         symbol = torch.multinomial(logits.flatten().float().softmax(0).cpu(), 1)
         written += alphabet[int(symbol)]
     return written
-
-
-def count_models(corpus: Corpus, orders: int = 4) -> list[float]:
-    """Held-out bits per character of the count models of order 0, 1, 2, ...
-
-    Order n predicts c from the n characters before it, smoothed by Witten and Bell's method C:
-
-        p_n(c | context) = (N(context c) + S(context) p_{n-1}(c)) / (N(context) + S(context))
-
-    N counts in the training text, S is how many different characters follow the context there,
-    and p_{-1} is uniform. Source: Witten and Bell, The zero-frequency problem, 1991.
-    """
-    text = torch.cat((corpus.train, corpus.heldout))
-    trained, V = len(corpus.train), corpus.symbols
-    p = torch.full((len(corpus.heldout),), 1 / V, dtype=torch.float64)
-    context = torch.zeros_like(text)  # the n characters before each place, as one number
-    bits = []
-    for n in range(orders):
-        grams, gram = torch.unique(context * V + text, return_inverse=True)
-        N = gram[n:trained].bincount(minlength=len(grams))
-        N_context = (grams // V).bincount(N)
-        # 1 where the context is new: there p_{n-1} stands.
-        S = (grams // V).bincount(N > 0).clamp(min=1)
-        here = context[trained:]
-        p = (N[gram[trained:]] + S[here] * p) / (N_context[here] + S[here])
-        bits.append(-p.log2().mean().item())
-        context = F.pad(gram[:-1], (1, 0))
-    return bits
 
 
 def learning_rate(spent: float) -> float:
@@ -210,7 +129,7 @@ class Trainer:
     weights are stepped where they lie (`masters` shares their memory).
     """
 
-    def __init__(self, model: CharLM, text: Tensor) -> None:
+    def __init__(self, model: ManyToMany, text: Tensor) -> None:
         self.model = model
         self.inputs, self.targets = streams(text.to(model.readout.weight.device), ROWS)
         self.masters = {
@@ -232,12 +151,13 @@ class Trainer:
         targets = self.targets[chunk]
         characters = int(targets.ne(IGNORED).sum())
 
-        logits, state = self.model(self.inputs[chunk], self.state)
+        logits, state = self.model.stream(self.inputs[chunk], self.state)
         loss = nats(logits, targets)
         self.model.zero_grad()
         loss.backward()  # of the sum: the mean's gradients would underflow in float16
         self._update(rate, characters)
 
+        assert isinstance(state, Tensor)
         self.state = state.detach()
         self.position += CHUNK
         self.losses.append(loss.item() / characters / math.log(2))
@@ -248,7 +168,7 @@ class Trainer:
         weights = dict(self.model.named_parameters())
         for name, master in self.masters.items():
             master.grad = weights[name].grad.to(master.dtype) / characters  # type: ignore[union-attr]
-        nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         for name, master in self.masters.items():
@@ -277,17 +197,6 @@ class Trainer:
         torch.set_rng_state(saved["rng"])
 
 
-@contextmanager
-def interrupts_held() -> Iterator[Event]:
-    """Turn Ctrl-C into an event, so that it cuts neither a training step nor a save in two."""
-    interrupted = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def train(trainer: Trainer, spent: Callable[[], float], interrupted: Event) -> None:
     """Train until spent() reaches 1, or an interrupt; the learning rate follows spent()."""
     with tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {desc}", mininterval=0.5) as bar:
@@ -301,29 +210,6 @@ def train(trainer: Trainer, spent: Callable[[], float], interrupted: Event) -> N
                 refresh=False,
             )
             bar.update(min(spent(), 1) - bar.n)
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write to a file beside path, then rename: at every moment path is a whole checkpoint."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, on the CPU, once the checksums that torch.load skips are found right."""
-    try:
-        with ZipFile(path) as archive:
-            if archive.testzip():
-                raise BadZipFile("its checksums are wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise JobError(f"there is no checkpoint {path} to resume from") from error
-    except (OSError, EOFError, RuntimeError, ValueError, BadZipFile, UnpicklingError) as error:
-        raise JobError(f"cannot read the checkpoint {path}: {error}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise JobError(f"{path} is no checkpoint of this job")
-    return checkpoint
 
 
 def plot_losses(losses: list[float], heldout: float, counted: list[float], path: Path) -> None:
@@ -342,16 +228,13 @@ def plot_losses(losses: list[float], heldout: float, counted: list[float], path:
 
 def make_trainer(settings: Settings, corpus: Corpus, checkpoint: dict[str, Any] | None) -> Trainer:
     """Build the model where it will run, say what it is and what runs it, restore its state."""
-    cuda = torch.cuda.is_available()
-    device = settings.device if settings.device != "auto" else "cuda" if cuda else "cpu"
-    if device == "cuda" and not cuda:
-        raise JobError("--device cuda: PyTorch finds no GPU here")
+    device = find_device(settings.device)
     if checkpoint and checkpoint["digest"] != corpus.digest:
         raise JobError("the text is not the one that the checkpoint was trained on")
     dtype, L, H = getattr(torch, settings.dtype), settings.num_layers, settings.hidden_size
     torch.manual_seed(settings.seed)
     try:
-        model = CharLM(corpus.symbols, H, L, settings.backend).to(device, dtype)
+        model = make_model(corpus.symbols, settings).to(device, dtype)
         trainer = Trainer(model, corpus.train)
         plan = explain(model.rnn, torch.empty(CHUNK, ROWS, EMBEDDING, device=device, dtype=dtype))
         if checkpoint:
@@ -382,18 +265,80 @@ def run(settings: Settings, out: Path, checkpoint: dict[str, Any] | None = None)
     trainer = make_trainer(settings, corpus, checkpoint)
     if checkpoint:
         print(f"resumed after {len(trainer.losses)} steps, {trainer.seconds:.1f} s")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # better now than after the training
-    except OSError as error:
-        raise JobError(f"cannot write to {out}: {error}") from error
+    make_folder(out)
 
     with interrupts_held() as interrupted:
         train(trainer, lambda: trainer.seconds / settings.seconds, interrupted)
-        about = {"format": FORMAT, "settings": asdict(settings), "digest": corpus.digest}
+        about = {
+            "format": format_of("charlm"),
+            "settings": asdict(settings),
+            "digest": corpus.digest,
+        }
         about["characters"] = corpus.characters
         save_checkpoint(about | trainer.state_dict(), out / CHECKPOINT)
     if interrupted.is_set():
         raise KeyboardInterrupt
     report(trainer, corpus, out)
     print(f"checkpoint and loss curve: {out / CHECKPOINT}, {out / LOSS_CURVE}")
+
+
+def restore(checkpoint: dict[str, Any], text: str | None) -> tuple[ManyToMany, Example]:
+    """The trained model of a checkpoint, on the CPU in float32, and a text for it to read."""
+    characters, text = checkpoint["characters"], PYTHON_LINE if text is None else text
+    if not text:
+        raise JobError("--text is empty")
+    model = make_model(
+        len(characters) + 1, Settings(**{**checkpoint["settings"], "backend": "auto"})
+    )
+    model.load_state_dict(checkpoint["model"])
+    symbols = torch.tensor([characters.find(c) + 1 for c in text]).unsqueeze(1)
+    return model.eval(), Example((symbols,), {"rnn": text})
+
+
+SHAPE = ("hidden_size", "num_layers", "dtype", "seed")  # what no resumed run can change
+OUT = Path("runs/charlm")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m rnn",
+        description="Train a deep RNN character language model, and hold it against count models.",
+        epilog="What else there is: python -m rnn --list",
+    )
+
+    def add(name: str, help: str, **how: Any) -> None:
+        parser.add(name, help, getattr(Settings, name), **how)
+
+    add("hidden_size", "units in a layer", type=whole(1), metavar="H")
+    add("num_layers", "layers", type=whole(1), metavar="L")
+    add("dtype", "of weights and states; the loss is never 16-bit", choices=DTYPES)
+    parser.add_where()
+    add("seconds", "of training, all resumed runs together", type=duration, metavar="S")
+    add("seed", "of the weights and the sample", type=whole(0), metavar="N")
+    parser.add("text", "UTF-8 text to learn", STDLIB, type=os.path.abspath, metavar="FILE")
+    parser.add_out(OUT, f"folder for {CHECKPOINT} and {LOSS_CURVE}")
+    resume = "go on from the checkpoint in --out; a flag left out keeps the value it had there"
+    parser.add("resume", resume, "start afresh", action="store_true")
+    return parser
+
+
+def settle(given: dict[str, Any], saved: dict[str, Any]) -> Settings:
+    """The settings of a run: those given, else those of its checkpoint, else the defaults."""
+    for name in SHAPE:
+        if name in saved and given.get(name, saved[name]) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise JobError(
+                f"the checkpoint is of another shape: {flag} {saved[name]}, not {given[name]}"
+            )
+    return Settings(**{**saved, **given})
+
+
+def start(given: dict[str, Any], out: Path) -> None:
+    """Run what a parsed command line asks for."""
+    checkpoint = load_checkpoint(out / CHECKPOINT, "charlm") if given.pop("resume", False) else None
+    run(settle(given, checkpoint["settings"] if checkpoint else {}), out, checkpoint)
+
+
+def main(name: str, argv: Sequence[str]) -> int:
+    return execute(make_parser(), argv, start)
