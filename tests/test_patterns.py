@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rnn
+from rnn.generation import best_continuations
 from rnn.patterns import IGNORED
 
 I, H, V = 5, 7, 6  # input features, hidden units, symbols or labels
@@ -289,6 +290,18 @@ def test_a_wide_beam_finds_better_ones():
     assert (wide > one + 1e-6).any()
 
 
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_beams_go_on_with_the_greedy_one_and_the_best_of_all_others(K):
+    total = torch.randn(20, K, V, generator=torch.Generator().manual_seed(0))
+    parents, chosen = best_continuations(total)
+    for b in range(20):
+        pairs = list(zip(parents[b].tolist(), chosen[b].tolist()))
+        assert pairs[0] == (0, int(total[b, 0].argmax()))
+        others = [(k, v) for k in range(K) for v in range(V) if (k, v) != pairs[0]]
+        best = sorted(others, key=lambda at: float(total[b][at]), reverse=True)
+        assert pairs[1:] == best[: K - 1]
+
+
 @pytest.mark.parametrize("beam", [1, 4])
 @each_form
 def test_batched_is_one_by_one(form, beam):
@@ -357,6 +370,28 @@ def test_narrow_dtypes_write_and_learn(dtype):
 def test_an_empty_batch_writes_nothing():
     got = make(rnn.OneToMany, {}).generate(inputs({}, 0), max_length=4)
     assert [tuple(x.shape) for x in got] == [(0, 0), (0,), (0,)]
+
+
+# On the kernels
+
+
+@pytest.mark.parametrize("pattern", [rnn.ManyToOne, rnn.ManyToMany, rnn.EncoderDecoder])
+def test_the_kernels_give_the_same(pattern):
+    """Losses, every gradient and what is written, in Triton's interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    form = {"embedding": 3, "bidirectional": True, "cell": "rnn_tanh"}
+    labels = symbols(B) if pattern is rnn.ManyToOne else symbols(T, B)
+    x, results = inputs(form, T, B), []
+    for backend, dtype, where in (("torch", "float64", "cpu"), ("triton", "float32", device)):
+        model = make(pattern, {**form, "backend": backend}).to(where, getattr(torch, dtype))
+        loss = model.loss(x.to(where), labels.to(where), LENGTHS)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append([loss.detach(), *gradients])
+        if pattern is rnn.EncoderDecoder:
+            got = model.generate(x.to(where), LENGTHS, max_length=3, beam=2)
+            results[-1] += [got.symbols, got.scores]
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want.double(), rtol=1e-3, atol=1e-3)
 
 
 # Any cell, LSTM's among them
