@@ -4,6 +4,7 @@ no recurrent network; and what `inspect` draws is what is there."""
 import contextlib
 import io
 import itertools
+import json
 import os
 import signal
 from dataclasses import replace
@@ -38,7 +39,7 @@ def model_of(job, **settings):
 
 MARGINS = {  # job: (batches, how far above its baseline the held-out score must end)
     "one-to-one": (1500, 0.02),
-    "one-to-many": (1200, 0.02),
+    "one-to-many": (1600, 0.01),
     "many-to-one": (800, 0.02),
     "many-to-many": (400, 0.05),
     "encoder-decoder": (600, 0.08),
@@ -89,7 +90,7 @@ def test_jitter_moves_an_image_a_little():
     assert moved.shape == images.shape and not torch.equal(moved, images)
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     mass = moved.sum((1, 2))
-    assert mass.min() > 2 and mass.max() < 6
+    assert mass.min() > 2 and mass.max() < 8  # of 4
     for place in (x, y):
         center = (moved * place).sum((1, 2)) / mass
         assert center.std() > 0.1 and (center - 3.5).abs().max() < 1.0
@@ -207,7 +208,10 @@ def test_a_run_leaves_a_checkpoint_and_a_picture_that_inspect_reads(job, tmp_pat
     said = capsys.readouterr().out
     assert said.startswith(f"{job.name}: ") and 'backend="torch" was asked for' in said
     assert "RNN " in said and all(name in said for name in job().baselines())
-    assert sorted(path.name for path in out.iterdir()) == [cli.CHECKPOINT, training.PICTURE]
+    files = [cli.CHECKPOINT, training.PICTURE, training.SCORES]
+    assert sorted(path.name for path in out.iterdir()) == files
+    scores = json.loads((out / training.SCORES).read_text())["scores"]
+    assert all(f"{score:.3f}" in said for score in scores.values())
     assert (out / training.PICTURE).read_bytes().startswith(b"\x89PNG")
 
     assert main(["inspect", str(out / cli.CHECKPOINT)]) == 0

@@ -20,7 +20,7 @@ from .training import Example, Job, Model, Settings, grid, main_of
 SIDE = 8  # pixels
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = " " + "".join(sorted(set("".join(NAMES))))  # symbol 0 ends a name
-TURN, SHEAR, SIZE, SHIFT = 0.15, 0.2, 0.1, 0.125  # radians; shares of the image's size
+TURN, SHEAR, SIZE, SHIFT = 0.25, 0.3, 0.15, 0.125  # radians; shares of the image's size
 
 
 def jitter(images: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class NameOfImage(Digits):
 
     name = "one-to-many"
     title = "Held-out images and the names that the network spells, its mistakes first"
-    defaults = Settings(steps=3000)
+    defaults = Settings(steps=4000, hidden_size=192)
 
     def model(self, settings: Settings) -> OneToMany:
         return OneToMany(SIDE * SIDE, outputs=len(LETTERS), **settings.layers())
@@ -206,7 +206,7 @@ class LargestSoFar(Digits):
     name = "many-to-many"
     title = "A held-out video: below each frame the largest digit so far, as the network says it"
     scored = "frames labelled right"
-    defaults = Settings(steps=2500, cell="rnn_relu", num_layers=2)
+    defaults = Settings(steps=3000, cell="rnn_relu", num_layers=2)
     rate, batch = 2e-3, 64
     frames = 16  # of the longest video
     videos = 500  # held out

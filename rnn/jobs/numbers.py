@@ -59,7 +59,7 @@ class WordsToDigits(Job):
     name = "encoder-decoder"
     title = "Held-out numbers: the probability of each digit as the network writes it"
     scored = "numbers never seen in training that come out right to the last digit"
-    defaults = Settings(steps=2000, hidden_size=192)
+    defaults = Settings(steps=2500, hidden_size=192)
     rate, batch = 2e-3, 64
     trained = 20000
 

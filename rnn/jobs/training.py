@@ -1,5 +1,6 @@
 """A pattern trained on real data: what the five jobs share."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .cli import (
     whole,
 )
 
-PICTURE = "learned.png"
+PICTURE, SCORES = "learned.png", "scores.json"
 WARM_UP = 50  # steps
 CLIP = 1.0  # on the norm of the gradient
 
@@ -166,11 +167,14 @@ def run(job: Job, settings: Settings, out: Path) -> None:
     print(f"\nheld out, share of {job.scored}:")
     for name, score in scores.items():
         print(f"  {name:24} {score:.3f}")
+    about = {"job": job.name, "scored": job.scored, "settings": asdict(settings)}
+    about |= {"torch": torch.__version__, "scores": scores}
+    (out / SCORES).write_text(json.dumps(about, indent=1) + "\n")
     figure = Figure(figsize=(9, 5), layout="constrained")
     figure.suptitle(job.title)
     job.draw(model, figure)
     figure.savefig(out / PICTURE, dpi=80)
-    print(f"checkpoint and picture: {out / CHECKPOINT}, {out / PICTURE}")
+    print(f"checkpoint, scores and picture: {out}/{CHECKPOINT}, {SCORES}, {PICTURE}")
 
 
 def restore(job_type: type[Job], checkpoint: dict[str, Any]) -> tuple[Model, Example]:
@@ -197,7 +201,7 @@ def make_parser(job: type[Job]) -> Parser:
     parser.add("num_layers", "layers", defaults.num_layers, type=whole(1), metavar="L")
     parser.add("seed", "of weights and batches", defaults.seed, type=whole(0), metavar="N")
     parser.add_where()
-    parser.add_out(Path("runs") / job.name, f"folder for {CHECKPOINT} and {PICTURE}")
+    parser.add_out(Path("runs") / job.name, f"folder for {CHECKPOINT}, {SCORES} and {PICTURE}")
     return parser
 
 
