@@ -49,10 +49,12 @@ CELLS = {
     "rnn_relu": Cell(1, 1.0, torch.relu_, relu_slopes),
 }
 RNN_TANH_FLOAT32 = Cell(1, -2.0, tanh_by_sigmoid_, tanh_slopes)
+MANY = 1024  # elements of a step from which on one call more is cheaper than PyTorch's tanh
 
 
-def find_cell(name: str, dtype: torch.dtype) -> Cell:
-    if name == "rnn_tanh" and dtype == torch.float32:
+def find_cell(name: str, h: Tensor) -> Cell:
+    """The cell for states of this dtype and size, (B, H)."""
+    if name == "rnn_tanh" and h.dtype == torch.float32 and h.numel() >= MANY:
         return RNN_TANH_FLOAT32
     return CELLS[name]
 
@@ -108,6 +110,14 @@ def active_steps(lengths: Tensor, T: int) -> Tensor:
     return (torch.arange(T, device=lengths.device)[:, None] < lengths).unsqueeze(2)
 
 
+def at_last_step(steps: Tensor, lengths: Tensor, without: Tensor) -> Tensor:
+    """(B, _): each row of steps (T, B, _) at its last active step; `without` (B, _) where it has
+    none."""
+    last = (lengths.to(torch.int64) - 1).clamp(0, steps.size(0) - 1)
+    found = steps.gather(0, last[None, :, None].expand(1, *steps.shape[1:]))[0]
+    return torch.where((lengths > 0)[:, None], found, without)
+
+
 def order(T: int, backwards: bool) -> range:
     return range(T - 1, -1, -1) if backwards else range(T)
 
@@ -124,17 +134,23 @@ def forward(
     direction 1 against direction 0."""
     T, B, _ = x_gates.shape
     D, _, H = weight_hh.shape
-    _, scale, activate_, _ = find_cell(cell, x_gates.dtype)
+    _, scale, activate_, _ = find_cell(cell, h0[0])
     active = None if lengths is None else active_steps(lengths, T)
     output = torch.mul(x_gates, scale, out=empty_steps(x_gates, D * H))
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     for d, output_d in enumerate(output.chunk(D, 2)):
         product = recurrent_product(scale * weight_hh[d], B)
         ys = output_d.unbind(0)
-        h = h0[d]
-        for t in order(T, reverse != bool(d)):
-            y = activate_(product(ys[t], h, True))
-            h = y if active is None else torch.where(active[t], y, h)
+        h, backwards = h0[d], reverse != bool(d)
+        if active is None or not backwards:
+            # A row that has ended runs on, on whatever lies behind its end: no result is of there.
+            for t in order(T, backwards):
+                h = activate_(product(ys[t], h, True))
+        else:  # where a row begins, its state is still h0
+            for t, on in zip(order(T, True), reversed(active.unbind(0))):
+                h = torch.where(on, activate_(product(ys[t], h, True)), h)
+        if lengths is not None and not backwards:
+            h = at_last_step(output_d, lengths, h0[d])
         h_n[d] = h
     if active is not None:
         output.masked_fill_(~active, 0)
@@ -159,31 +175,43 @@ def reverse(
     """
     T, B, _ = output.shape
     D, _, H = weight_hh.shape
-    slopes = find_cell(cell, output.dtype).slopes(output)
+    slopes = find_cell(cell, output[0]).slopes(output)
     active = None if lengths is None else active_steps(lengths, T)
     if active is not None:  # an inactive row passes no gradient to its gates
-        slopes = slopes.masked_fill(~active, 0)
+        slopes.masked_fill_(~active, 0)
         d_output = None if d_output is None else d_output.masked_fill(~active, 0)
     zero = output.new_zeros(B, H)
     all_d_gates, all_d_h0 = [], []
     for d in range(D):
         weight = weight_hh[d].t()
         product = addmm_product(weight) if differentiable else recurrent_product(weight, B)
-        d_ys = [zero] * T if d_output is None else d_output.chunk(D, 2)[d].unbind(0)
-        d_gates = list(slopes.chunk(D, 2)[d].unbind(0))
-        steps = order(T, reverse == bool(d))  # against the forward pass
-        d_h = d_ys[steps[0]] if d_h_n is None else d_ys[steps[0]] + d_h_n[d]
+        slopes_d = slopes.chunk(D, 2)[d]
+        d_output_d = None if d_output is None else d_output.chunk(D, 2)[d]
+        backwards = reverse != bool(d)
+        steps = order(T, not backwards)  # against the forward pass
+        d_last = None if d_h_n is None else d_h_n[d]
+        if lengths is not None and not backwards and d_last is not None:
+            # Each row ends at a step of its own: there d_h_n joins d_output.
+            base = torch.zeros_like(slopes_d) if d_output_d is None else d_output_d
+            ends = active_steps(lengths, T) & ~active_steps(lengths.clamp(max=T) - 1, T)
+            d_output_d, d_last = torch.where(ends, base + d_last, base), None
+        d_ys = [zero] * T if d_output_d is None else d_output_d.unbind(0)
+        d_gates = list(slopes_d.unbind(0))
+        d_h = d_ys[steps[0]] if d_last is None else d_ys[steps[0]] + d_last
         for t, d_y in zip(steps, [*(d_ys[t] for t in steps[1:]), zero]):
             slope = d_gates[t]
             d_gates[t] = torch.mul(d_h, slope, out=None if differentiable else slope)
-            if active is not None:  # but hands d_h on as it came
-                d_y = d_y + d_h.masked_fill(active[t], 0)
-            if t != steps[-1] or need_d_h0:
+            if t != steps[-1]:
                 d_h = product(d_y, d_gates[t], False)
-        all_d_gates.append(d_gates)
-        all_d_h0.append(d_h)
-    if differentiable:
-        d_x_gates = torch.cat([torch.stack(d_gates) for d_gates in all_d_gates], 2)
-    else:
-        d_x_gates = slopes  # each step was written over its slope
+        d_gates_d = torch.stack(d_gates) if differentiable else slopes_d  # written over its slopes
+        all_d_gates.append(d_gates_d)
+        if need_d_h0:
+            first = d_gates[steps[-1]]
+            if lengths is not None and backwards:
+                first = at_last_step(d_gates_d, lengths, zero)
+            d_h0 = product(zero, first, False)
+            if lengths is not None and d_h_n is not None:  # a row without steps hands it on
+                d_h0 = torch.where((lengths > 0)[:, None], d_h0, d_h_n[d])
+            all_d_h0.append(d_h0)
+    d_x_gates = torch.cat(all_d_gates, 2) if differentiable else slopes
     return d_x_gates, torch.stack(all_d_h0) if need_d_h0 else None
