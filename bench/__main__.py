@@ -25,7 +25,7 @@ from .cases import EXAMPLE, Case, Set, quick, sets
 from .measure import CRASHED, WRONG, cannot, measure
 from .plots import draw
 from .providers import PROVIDERS
-from .report import behind_rows, cells, page
+from .report import behind_rows, headings, page, terminal
 from .results import (
     CSV,
     JSON,
@@ -180,8 +180,7 @@ def run(job: Job, results: Results) -> None:
                 measure(case, timed, job.device, job.seconds, limits, rows)
             finally:
                 results.write(job.out)
-            for name in names:
-                progress.write("  ".join(cells(results, case, name)))
+            progress.write(terminal(results, case, names))
 
 
 def finish(job: Job, results: Results) -> None:
@@ -198,6 +197,7 @@ def benchmark(job: Job, mix: bool, fresh: bool) -> tuple[Results, int]:
     results = open_results(job, mix, fresh)
     about = f"{results.header['device']}, {results.header['threads']} threads"
     print(f"{about}: {len(job.cases())} cases, {', '.join(job.providers)}")
+    print(f"columns: {', '.join(headings(results.header['gpu'])[1:])}")
     try:
         run(job, results)
     except KeyboardInterrupt:

@@ -66,7 +66,8 @@ def measure_able(
     limit = bounds(case) if models else ""
     for name, model in models.items():
         plain = one_turn(model, xs, p)
-        try:  # the warm-up: what is compiled at first use is compiled here
+        try:
+            plain(0)  # the warm-up: what is compiled at first use is compiled here
             rows[name]["peak_bytes"] = peak_memory(partial(plain, 0), device)
             turns[name] = with_graphs(model, xs, p, plain, rows[name]) if on_gpu(device) else plain
         except Exception as error:

@@ -52,8 +52,18 @@ def sweep(results: Results, axis: str, title: str) -> Figure | None:
         axes.set_xlabel(title)
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel("µs per time step")
-    figure.axes[0].legend()
+    if drawn:
+        figure.legend(*legend_of(figure), loc="outside right upper")
     return figure if drawn else None
+
+
+def legend_of(figure: Figure) -> tuple[list[Any], list[str]]:
+    """Handles and labels of all panels, each provider once."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)
 
 
 def heat_map(results: Results) -> Figure | None:
@@ -103,7 +113,8 @@ def memory(results: Results) -> Figure | None:
         axes.set_xlabel("T")
         axes.set_ylabel("bytes")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    if drawn:
+        figure.legend(*legend_of(figure), loc="outside right upper")
     return figure if drawn else None
 
 

@@ -2,11 +2,12 @@
 to the reader."""
 
 from collections.abc import Callable, Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from .cases import Case
 from .measure import Row
-from .plots import of_axis, row_of
+from .plots import OURS, of_axis, row_of
 from .providers import PROVIDERS
 from .results import Results, Summary, reason, summaries
 from .timing import FIGURES, GRAPHS, MAX_TURNS, MIN_TURNS
@@ -77,6 +78,22 @@ def cells(results: Results, case: Case, provider: str) -> list[str]:
     return [f"`{case}`", provider, error, *timed, peak, saved, bound_share(row)]
 
 
+WIDTHS = (13, 8, *(26, 6) * (len(FIGURES) + len(GRAPHS)))
+
+
+def terminal(results: Results, case: Case, providers: Sequence[str]) -> str:
+    """The lines of a case under its name, in columns."""
+    lines = [str(case)]
+    for provider in providers:
+        _, *rest = cells(results, case, provider)
+        if len(rest) == 3:
+            widths: tuple[int, ...] = (13, 8, 0)
+        else:
+            widths = (*WIDTHS[: len(rest) - 3], 8, 8, 6)
+        lines.append("  " + " ".join(cell.ljust(width) for cell, width in zip(rest, widths)))
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def table(lines: Sequence[Sequence[str]], head: str) -> str:
     width = head.count("|") + 1
     padded = [[*line, *[""] * (width - len(line))] for line in lines]
@@ -92,6 +109,26 @@ def set_table(results: Results, cases: list[Case]) -> str:
         if provider in results.rows.get(str(case), {})
     ]
     return table(lines, " | ".join(headings(results.header["gpu"])))
+
+
+def in_short(results: Results) -> str:
+    """For each set, the ratios of ours to torch.nn: the least and the geometric mean."""
+    lines = []
+    for chosen in results.header["sets"].values():
+        for provider in OURS:
+            ratios: dict[str, list[float]] = {name: [] for name in FIGURES}
+            for case in chosen["cases"]:
+                mine, theirs = (
+                    summaries(results.rows.get(case, {}).get(name, {}))
+                    for name in (provider, "torch.nn")
+                )
+                for name in mine.keys() & theirs.keys() & ratios.keys():
+                    ratios[name].append(theirs[name].median / mine[name].median)
+            if all(ratios.values()):
+                figures = [f"{min(r):.2f}, {geometric_mean(r):.2f}" for r in ratios.values()]
+                count = str(len(ratios["step"]))
+                lines.append([chosen["title"], count, provider, *figures])
+    return table(lines, " | ".join(["cases", "number", "provider", *FIGURES]))
 
 
 # -------------------------------------------------------------------------------------- fits
@@ -174,6 +211,12 @@ def page(results: Results, pictures: dict[str, str]) -> str:
         HOW,
         *(f"- `{p.name}`: {p.about}." for p in PROVIDERS.values()),
         "",
+        "## In short",
+        "",
+        "torch.nn / ours: the least ratio of the cases and the geometric mean, above 1 is faster.",
+        "",
+        in_short(results),
+        "",
         "## Pictures",
         "",
         *(f"![{title}]({name})\n" for name, title in pictures.items()),
@@ -213,7 +256,7 @@ def behind_rows(results: Results, ours: Sequence[str]) -> list[tuple[float, str,
 
 
 def behind(results: Results) -> str:
-    rows = behind_rows(results, ("fused", "torch-path"))
+    rows = behind_rows(results, OURS)
     if not rows:
         return "In no case that was measured is this library slower than `torch.nn`."
     lines = [[f"{r:.2f}", p, f"`{case}`", figure] for r, p, case, figure in rows]
