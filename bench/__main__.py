@@ -25,7 +25,7 @@ from .cases import EXAMPLE, Case, Set, quick, sets
 from .measure import CRASHED, WRONG, cannot, measure
 from .plots import draw
 from .providers import PROVIDERS
-from .report import behind_rows, headings, page, terminal
+from .report import behind_rows, headings, in_short, page, terminal
 from .results import (
     CSV,
     JSON,
@@ -188,6 +188,8 @@ def finish(job: Job, results: Results) -> None:
     results.write(job.out)
     write_csv(results, job.out / CSV)
     (job.out / REPORT).write_text(page(results, draw(results, job.out)))
+    print("time of torch.nn / ours: least, geometric mean, cases in which ours is behind")
+    print(in_short(results))
     print(f"{job.out / REPORT}, {JSON} and {CSV} beside it")
 
 

@@ -177,7 +177,7 @@ class Set(NamedTuple):
 
 def sets(gpu: bool) -> dict[str, Set]:
     """The named sets, sized for a GPU or for a CPU with a few cores."""
-    T, B, H = (512, 16, 512) if gpu else (64, 16, 256)
+    T, B, H = (256, 16, 512) if gpu else (64, 16, 256)
     dtype = "bfloat16" if gpu else "float32"
     first, *others = CELLS
 
@@ -198,7 +198,7 @@ def sets(gpu: bool) -> dict[str, Set]:
         if gpu
         else ["float32", "bfloat16", "float16", "float64"],
     }
-    grid_h = doublings[7:12] if gpu else doublings[6:11]
+    grid_h = doublings[7:12] if gpu else doublings[6:10]
     grid_b = doublings[:11:2] if gpu else doublings[:9:2]
     published = [shape if gpu else shape | {"dtype": "float32"} for shape in PUBLISHED.values()]
     small = [(1, 1, 64), (16, 1, 16), (16, 1, 64), (64, 1, 64)]
@@ -257,7 +257,7 @@ def quick() -> dict[str, Set]:
     cell = next(iter(CELLS))
     return {
         "H": Set("Hidden size", [Case(cell, 32, 16, H, H) for H in (64, 256, 1024)], "H"),
-        "T": Set("Time steps", [Case(cell, T, 4, 64, 64) for T in (16, 256, 4096)], "T"),
+        "T": Set("Time steps", [Case(cell, T, 4, 64, 64) for T in (16, 128, 1024)], "T"),
         "grid": Set(
             "Batch against hidden size",
             [Case(cell, 32, B, H, H) for H in (64, 256) for B in (1, 16, 64)],
