@@ -139,7 +139,8 @@ def forward(
     output = torch.mul(x_gates, scale, out=empty_steps(x_gates, D * H))
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     for d, output_d in enumerate(output.chunk(D, 2)):
-        product = recurrent_product(scale * weight_hh[d], B)
+        weight = weight_hh[d] if scale == 1 else scale * weight_hh[d]
+        product = recurrent_product(weight, B)
         ys = output_d.unbind(0)
         h, backwards = h0[d], reverse != bool(d)
         if active is None or not backwards:
