@@ -1,6 +1,7 @@
 """`python -m bench`: this library against torch.nn and others, on whatever the machine has."""
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from .cases import EXAMPLE, Case, Set, quick, sets
 from .measure import CRASHED, WRONG, cannot, measure
 from .plots import draw
 from .providers import PROVIDERS
-from .report import behind_rows, headings, in_short, page, terminal
+from .report import MARKS, behind_rows, headings, in_short, page, put_between, quote, terminal
 from .results import (
     CSV,
     JSON,
@@ -70,6 +71,7 @@ def make_parser() -> Parser:
     )
     add("--mix", action="store_true", help="add to results of another commit, version or device")
     add("--fresh", action="store_true", help="replace the results in --out")
+    add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
     add("--list", action="store_true", help="show the sets, the cases and the providers")
     add(
         "--compare",
@@ -103,6 +105,7 @@ class Job(NamedTuple):
     seconds: float
     out: Path
     slow: dict[str, str]  # providers that are left out, and why
+    into: Path | None  # a file that quotes the results
 
     def cases(self) -> list[Case]:
         return list(dict.fromkeys(case for chosen in self.sets.values() for case in chosen.cases))
@@ -126,6 +129,18 @@ def choose_sets(known: dict[str, Set], names: list[str] | None) -> dict[str, Set
     return chosen | ({"named": Set("Cases named on the command line", single)} if single else {})
 
 
+def checked_marks(path: Path | None) -> Path | None:
+    """The file, where it has room for a quotation: better found out before than after a run."""
+    try:
+        if path is not None:
+            put_between(path.read_text(), "")
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BenchError(f"{path} must hold {' and '.join(map(str.strip, MARKS))} once") from error
+    return path
+
+
 def prepare(args: argparse.Namespace) -> Job:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -140,6 +155,7 @@ def prepare(args: argparse.Namespace) -> Job:
         args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
         args.out or default,
         slow,
+        checked_marks(args.into),
     )
 
 
@@ -184,10 +200,14 @@ def run(job: Job, results: Results) -> None:
 
 
 def finish(job: Job, results: Results) -> None:
-    """The CSV, the pictures and the page."""
+    """The CSV, the pictures, the page, and what another file quotes of it."""
     results.write(job.out)
     write_csv(results, job.out / CSV)
     (job.out / REPORT).write_text(page(results, draw(results, job.out)))
+    if job.into is not None:
+        folder = os.path.relpath(job.out.resolve(), job.into.resolve().parent)
+        text = job.into.read_text()
+        job.into.write_text(put_between(text, quote(results, Path(folder).as_posix())))
     print("time of torch.nn / ours: least, geometric mean, cases in which ours is behind")
     print(in_short(results))
     print(f"{job.out / REPORT}, {JSON} and {CSV} beside it")

@@ -135,6 +135,27 @@ def in_short(results: Results) -> str:
     return table(lines, " | ".join(["cases", "provider", *FIGURES]))
 
 
+MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
+
+
+def quote(results: Results, folder: str) -> str:
+    """What a README says of a page of results, between the MARKS."""
+    header = results.header
+    return (
+        f"{header['device']}, {header['threads']} threads, PyTorch {header['versions']['torch']}, "
+        f"commit {header['commit']}: the time of `torch.nn` / ours, above 1 is faster; least, "
+        "geometric mean, and in how many cases ours is behind. The worst come first; all figures "
+        f"and pictures are in [{folder}]({folder}/README.md).\n\n{in_short(results)}\n"
+    )
+
+
+def put_between(text: str, new: str) -> str:
+    """The text with what lies between the MARKS replaced. ValueError where they are not there."""
+    before, rest = text.split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    return before + MARKS[0] + new + MARKS[1] + after
+
+
 # -------------------------------------------------------------------------------------- fits
 
 

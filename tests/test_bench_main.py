@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench import results as results_file
 from bench.cases import Case, Set
 from bench.measure import MEASURED
 from bench.providers import PROVIDERS
+from bench.report import MARKS, quote
 from bench.results import Results, compare, summary
 from bench.timing import FIGURES, MIN_TURNS
 
@@ -149,6 +151,34 @@ def test_a_wrong_provider_ends_with_status_1(monkeypatch, capsys):
     assert bench("--cases", A) == 1
     assert f"{A} eager: wrong: output is off by" in capsys.readouterr().err
     assert "wrong: output is off by" in Path("out/README.md").read_text()
+
+
+def test_a_file_quotes_the_results(capsys):
+    Path("notes.md").write_text("above\n<!-- bench -->\nold\n<!-- /bench -->\nbelow\n")
+    assert bench("--into", "notes.md") == 0
+    notes = Path("notes.md").read_text()
+    assert notes.startswith("above\n<!-- bench -->\n") and notes.endswith(
+        "<!-- /bench -->\nbelow\n"
+    )
+    assert "old" not in notes and "[out](out/README.md)" in notes
+    table = [line for line in notes.splitlines() if line.startswith("| Time steps | torch-path |")]
+    assert len(table) == 1 and table[0] in Path("out/README.md").read_text()
+    Path("notes.md").write_text("no marks")
+    with pytest.raises(SystemExit):
+        bench("--into", "notes.md")
+    assert "must hold <!-- bench --> and <!-- /bench --> once" in capsys.readouterr().err
+
+
+def test_the_readme_quotes_what_was_measured():
+    """No figure of the table is typed in by hand."""
+    root = Path(command.__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    quoted = readme.split(MARKS[0])[1].split(MARKS[1])[0]
+    folders = re.findall(r"\(([^)]*)/README.md\)", quoted)
+    if not folders:
+        assert "Not measured yet" in quoted and not list(root.glob("bench/results/*/results.json"))
+    for folder in folders:
+        assert quoted == quote(Results.read(root / folder / "results.json"), folder)
 
 
 # ------------------------------------------------------------------------------------ compare
