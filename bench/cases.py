@@ -196,7 +196,7 @@ def sets(gpu: bool) -> dict[str, Set]:
         "layers": doublings[:4],
         "dtype": ["float32", "tf32", "bfloat16", "float16"]
         if gpu
-        else ["float32", "bfloat16", "float16", "float64"],
+        else ["float32", "tf32", "bfloat16", "float16", "float64"],
     }
     grid_h = doublings[7:12] if gpu else doublings[6:10]
     grid_b = doublings[:11:2] if gpu else doublings[:9:2]

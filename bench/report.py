@@ -227,7 +227,7 @@ def page(results: Results, pictures: dict[str, str]) -> str:
         f"# {header['device']}",
         "",
         f"Written by `python -m bench`. {versions}; commit {header['commit']}; "
-        f"{header['threads']} threads; load of the machine at the start {header['load']:.2f}. "
+        f"{header['threads']} threads; load of the machine at the start {header['load']}. "
         + (f"One large product: {rates}." if rates else ""),
         "",
         *(f"Some rows are of another run: {other}." for other in header["mixed_with"]),

@@ -85,7 +85,8 @@ def make_header(device: torch.device) -> Header:
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": commit(),
-        "load": os.getloadavg()[0],  # of the machine when the run began
+        # of the machine, when the run began
+        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known",
         "gemm_rates": {},  # by dtype, operations a second
         "sets": {},
         "mixed_with": [],  # headers of other runs whose rows are here as well
