@@ -107,7 +107,9 @@ def broken(fault):
             if fault == "a little everywhere":
                 output = output * (1 + 1e-4)
             elif fault == "one number":
-                output = output.index_put([torch.tensor(i) for i in (1, 0, 2)], torch.tensor(0.5))
+                output = output.index_put(
+                    [torch.tensor(i) for i in (1, 0, 2)], output.new_tensor(0.5)
+                )
             elif fault == "NaN in the final state":
                 h_n = h_n * torch.nan
             elif fault == "no gradient of the input":
@@ -134,6 +136,21 @@ def test_who_is_wrong_is_not_timed(fault, tensor, monkeypatch):
     rows = measured(CASE)
     assert rows["torch-path"]["status"] == WRONG and rows["torch-path"]["samples"] == {}
     assert rows["torch-path"]["reason"].startswith(f"{tensor} is off by")
+    assert rows["eager"]["status"] == MEASURED
+
+
+def test_one_wrong_number_among_many_is_found(monkeypatch):
+    """In bfloat16 it is lost in the mean of what rounding does."""
+    replace(monkeypatch, "torch-path", build=broken("one number"))
+    row = measured(Case("rnn_tanh", 64, 16, 16, 16, dtype="bfloat16"))["torch-path"]
+    assert row["status"] == WRONG and "(largest)" in row["reason"]
+    assert row["error"] < 2e-2
+
+
+def test_torch_nn_too_is_wrong_where_it_is_nan(monkeypatch):
+    replace(monkeypatch, "torch.nn", build=broken("NaN in the final state"))
+    rows = measured(CASE)
+    assert rows["torch.nn"]["status"] == WRONG
     assert rows["eager"]["status"] == MEASURED
 
 

@@ -114,6 +114,21 @@ def test_an_interrupt_loses_nothing_and_nothing_is_repeated(monkeypatch, capsys)
     assert {(row["case"], row["provider"]): row for row in read()["rows"]} == second
 
 
+def test_what_ends_a_run_leaves_the_cases_before(monkeypatch):
+    measure, cases = command.measure, []
+
+    def ends(case, *arguments):
+        cases.append(case)
+        if len(cases) == 2:
+            raise ZeroDivisionError
+        measure(case, *arguments)
+
+    monkeypatch.setattr(command, "measure", ends)
+    with pytest.raises(ZeroDivisionError):
+        bench("--providers", "torch.nn", "--cases", A, B)
+    assert [row["case"] for row in read()["rows"] if row["complete"]] == [str(A)]
+
+
 def test_a_provider_that_joins_later_is_timed_beside_torch_nn():
     assert bench("--providers", "torch.nn", "--cases", A) == 0
     assert bench("--providers", "torch.nn", "eager", "--cases", A) == 0

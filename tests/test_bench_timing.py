@@ -79,6 +79,9 @@ def test_peak_memory_sees_what_is_freed_again():
         assert peak.startswith("not known: ")
     else:
         assert 60 << 20 < peak < 100 << 20
+        kept = []
+        kept_peak = peak_memory(lambda: kept.append(torch.ones(16 << 20)), CPU)
+        assert 60 << 20 < kept_peak < 100 << 20
 
 
 def test_peak_memory_says_why_it_is_not_known(monkeypatch):
