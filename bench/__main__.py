@@ -35,6 +35,7 @@ from .results import (
     BenchError,
     Results,
     compare,
+    device_name,
     make_header,
     slug,
     write_csv,
@@ -145,8 +146,7 @@ def prepare(args: argparse.Namespace) -> Job:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     slow = {"compiled": TOO_SLOW} if args.quick and args.providers is None else {}
-    header = make_header(device)
-    folder = slug(header["device"])
+    folder = slug(device_name(device))
     default = Path("runs/bench") / folder if args.quick else ROOT / "bench/results" / folder
     return Job(
         device,

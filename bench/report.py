@@ -28,6 +28,8 @@ in the same dtype, plus a floor, is reported as wrong and not timed.
 - peak: bytes that a training step needs beyond input and parameters. On a CPU by the high-water
   mark of resident memory: pages, so small figures are coarse.
 - saved: bytes that autograd keeps for backward, without input and parameters.
+- On a GPU times are the device's events. The inputs rotate, together twice as large as L2 where 64
+  of them suffice. *graph* is the same replayed as a CUDA graph.
 - bound: the lower bound of a training step / its time. On a CPU the operations of its products at
   the rate of one large product, measured in the same run; on a GPU the model of
   `bench/compiled.py`, which is no measurement.
@@ -135,17 +137,21 @@ def in_short(results: Results) -> str:
     return table(lines, " | ".join(["cases", "provider", *FIGURES]))
 
 
+WORST = 6  # cases that a quotation names
 MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
 
 
 def quote(results: Results, folder: str) -> str:
     """What a README says of a page of results, between the MARKS."""
-    header = results.header
+    header, rows = results.header, behind_rows(results, OURS)
+    worst = "; ".join(f"{r:.2f} `{case}` {figure}" for r, _, case, figure in rows[:WORST])
     return (
         f"{header['device']}, {header['threads']} threads, PyTorch {header['versions']['torch']}, "
-        f"commit {header['commit']}: the time of `torch.nn` / ours, above 1 is faster; least, "
-        "geometric mean, and in how many cases ours is behind. The worst come first; all figures "
-        f"and pictures are in [{folder}]({folder}/README.md).\n\n{in_short(results)}\n"
+        f"commit {header['commit']}; all figures and pictures: [{folder}]({folder}/README.md). "
+        "Given is the time of `torch.nn` / ours: above 1 is faster.\n\n"
+        + (f"Ours is behind in {len(rows)} figures, and most in: {worst}.\n\n" if rows else "")
+        + "The least of all cases, their geometric mean, and in how many ours is behind; the worst "
+        f"come first:\n\n{in_short(results)}\n"
     )
 
 
