@@ -159,13 +159,19 @@ def prepare(args: argparse.Namespace) -> Job:
     )
 
 
-def open_results(job: Job, mix: bool, fresh: bool) -> Results:
+def open_results(job: Job, mix: bool, fresh: bool) -> tuple[Results, list[tuple[Case, list[str]]]]:
+    """What --out holds already, and the providers of each case that are not in it."""
     header = make_header(job.device)
-    results = Results(header, {}) if fresh else Results.resume(job.out, header, mix)
+    there = (job.out / JSON).exists() and not fresh
+    results = Results.read(job.out / JSON) if there else Results(header, {})
+    todo = [(case, results.incomplete(case, job.providers)) for case in job.cases()]
+    todo = [(case, names) for case, names in todo if names]
+    if todo:
+        results.join(header, mix)
     for name, chosen in job.sets.items():
         cases = [str(case) for case in chosen.cases]
         results.header["sets"][name] = {"title": chosen.title, "axis": chosen.axis, "cases": cases}
-    return results
+    return results, todo
 
 
 def bounds(case: Case, device: torch.device, results: Results) -> Figures | str:
@@ -177,13 +183,9 @@ def bounds(case: Case, device: torch.device, results: Results) -> Figures | str:
     return gemm_bounds(case, rates[case.dtype])
 
 
-def run(job: Job, results: Results) -> None:
-    """Measure what is not there yet, and write after each case."""
+def run(job: Job, results: Results, todo: list[tuple[Case, list[str]]]) -> None:
+    """Measure, and write after each case."""
     limits = partial(bounds, device=job.device, results=results)
-    todo = [(case, results.incomplete(case, job.providers)) for case in job.cases()]
-    todo = [(case, names) for case, names in todo if names]
-    if not todo:
-        print(f"all of it was measured already, in {job.out}; --fresh measures anew")
     with tqdm(todo, unit="case", disable=not todo) as progress:
         for case, names in progress:
             progress.set_postfix_str(str(case))
@@ -216,12 +218,14 @@ def finish(job: Job, results: Results) -> None:
 def benchmark(job: Job, mix: bool, fresh: bool) -> tuple[Results, int]:
     """The results and an exit status: 1 where a provider was wrong or crashed, 130 after an
     interrupt."""
-    results = open_results(job, mix, fresh)
+    results, todo = open_results(job, mix, fresh)
     about = f"{results.header['device']}, {results.header['threads']} threads"
     print(f"{about}: {len(job.cases())} cases, {', '.join(job.providers)}")
     print(f"columns: {', '.join(headings(results.header['gpu'])[1:])}")
+    if not todo:
+        print(f"all of it was measured already, in {job.out}; --fresh measures anew")
     try:
-        run(job, results)
+        run(job, results, todo)
     except KeyboardInterrupt:
         finish(job, results)
         print(f"interrupted; the same command goes on from {job.out}", file=sys.stderr)

@@ -31,8 +31,8 @@ in the same dtype, plus a floor, is reported as wrong and not timed.
 - On a GPU times are the device's events. The inputs rotate, together twice as large as L2 where 64
   of them suffice. *graph* is the same replayed as a CUDA graph.
 - bound: the lower bound of a training step / its time. On a CPU the operations of its products at
-  the rate of one large product, measured in the same run; on a GPU the model of
-  `bench/compiled.py`, which is no measurement.
+  the best rate of square products, measured in the same run, which its own may surpass; on a GPU
+  the model of `bench/compiled.py`, which is no measurement.
 """
 
 
@@ -234,7 +234,7 @@ def page(results: Results, pictures: dict[str, str]) -> str:
         "",
         f"Written by `python -m bench`. {versions}; commit {header['commit']}; "
         f"{header['threads']} threads; load of the machine at the start {header['load']}. "
-        + (f"One large product: {rates}." if rates else ""),
+        + (f"Square products: {rates}." if rates else ""),
         "",
         *(f"Some rows are of another run: {other}." for other in header["mixed_with"]),
         "## How",

@@ -119,24 +119,19 @@ class Results:
             raise BenchError(f"{path} is not a file of results of python -m bench") from error
         return cls(data["header"], rows)
 
-    @classmethod
-    def resume(cls, out: Path, header: Header, mix: bool) -> "Results":
-        """What the folder holds already, or nothing; raises BenchError where that was measured
-        on something else, unless `mix`."""
-        if not (out / JSON).exists():
-            return cls(header, {})
-        results = cls.read(out / JSON)
-        known = [results.header, *results.header["mixed_with"]]
-        differ = [field for field in SAME if results.header[field] != header[field]]
+    def join(self, header: Header, mix: bool) -> None:
+        """Rows of another run will come in. Raises BenchError where that measures something
+        else, unless `mix`."""
+        known = [self.header, *self.header["mixed_with"]]
+        differ = [field for field in SAME if self.header[field] != header[field]]
         if differ and not mix:
-            there, here = results.header[differ[0]], header[differ[0]]
+            there, here = self.header[differ[0]], header[differ[0]]
             raise BenchError(
-                f"{out / JSON} was measured with another {differ[0]}: {there}, and now {here}; "
-                "--mix adds to it all the same, --fresh replaces it"
+                f"the results are of another {differ[0]}: {there}, and now {here}; --mix adds "
+                "to them all the same, --fresh replaces them, --out leaves them alone"
             )
         if all(any(old[field] != header[field] for field in SAME) for old in known):
-            results.header["mixed_with"].append({field: header[field] for field in SAME})
-        return results
+            self.header["mixed_with"].append({field: header[field] for field in SAME})
 
     def write(self, out: Path) -> None:
         """Replace the file in one go: an interrupt leaves the old one or the new one."""

@@ -208,23 +208,27 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | str:
 # ------------------------------------------------------------------------------ lower bounds
 
 
-def gemm_rate(dtype: str, device: torch.device, seconds: float = 0.5) -> float:
-    """Floating-point operations a second of a square product of 1024: the best of what fits in
-    the time, three at least. What a recurrence does with all products in one could not be much
-    faster."""
-    n = 1024
-    a = torch.randn(n, n).to(device, DTYPES[dtype].torch)
-    b = torch.randn(n, n).to(device, DTYPES[dtype].torch)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
+def gemm_rate(dtype: str, device: torch.device, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of a square product: the best of all sizes, 64 and up as
+    long as one takes no longer than `seconds`, and of what fits in that time for each."""
+    best, n = 0.0, 64
     with precision(dtype):
-        while len(times) < 3 or time.perf_counter() < end:
-            watch = Stopwatch(device)
-            watch.mark()
-            a @ b
-            watch.mark()
-            times += watch.laps()
-    return 2.0 * n**3 / min(times)
+        while n <= 2048:
+            a, b = (torch.randn(n, n).to(device, DTYPES[dtype].torch) for _ in range(2))
+            a @ b  # the first one prepares things
+            times: list[float] = []
+            end = time.perf_counter() + seconds
+            while not times or time.perf_counter() < end:
+                watch = Stopwatch(device)
+                watch.mark()
+                a @ b
+                watch.mark()
+                times += watch.laps()
+            best = max(best, 2.0 * n**3 / min(times))
+            if 8 * min(times) > seconds:
+                break  # the next size would take too long
+            n *= 2
+    return best
 
 
 def gemm_bounds(case: Case, rate: float) -> Figures:

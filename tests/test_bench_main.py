@@ -145,8 +145,10 @@ def test_results_of_another_commit_are_not_mixed(monkeypatch, capsys):
         bench(*chosen, B)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert "another commit" in error and "--mix" in error and "--fresh" in error
+    assert "of another commit" in error and "--mix" in error and "--fresh" in error
     assert [row["case"] for row in read()["rows"]] == [str(A)]
+    assert bench(*chosen, A) == 0  # nothing to measure: only the page is written anew
+    assert read()["header"]["mixed_with"] == []
     assert bench(*chosen, B, "--mix") == 0
     assert [row["case"] for row in read()["rows"]] == [str(A), str(B)]
     assert read()["header"]["mixed_with"][0]["commit"] == "another"
