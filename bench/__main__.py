@@ -32,6 +32,7 @@ from .results import (
     JSON,
     REPORT,
     ROOT,
+    SAME,
     BenchError,
     Results,
     compare,
@@ -246,6 +247,10 @@ def benchmark(job: Job, mix: bool, fresh: bool) -> tuple[Results, int]:
 
 def show_comparison(paths: list[Path], threshold: float) -> int:
     before, after = (Results.read(path) for path in paths)
+    for field in SAME:
+        here, there = (results.header.get(field) for results in (before, after))
+        if here != there:
+            print(f"the {field} differs: {here}, then {there}")
     changes, lost = compare(before, after, threshold)
     if not changes and not lost:
         raise BenchError(f"{paths[0]} and {paths[1]} have no figure in common")

@@ -201,9 +201,10 @@ def test_the_readme_quotes_what_was_measured():
 # ------------------------------------------------------------------------------------ compare
 
 
-def results_of(seconds, provider="torch-path", case=A):
+def results_of(seconds, provider="torch-path", case=A, threads=1):
     row = {"status": MEASURED, "complete": True, "samples": {"step": seconds}}
-    return Results({"format": results_file.FORMAT}, {str(case): {provider: row}})
+    header = {"format": results_file.FORMAT, "threads": threads}
+    return Results(header, {str(case): {provider: row}})
 
 
 def shown(tmp_path, before, after, *more):
@@ -221,8 +222,10 @@ def test_compare_finds_what_got_slower(tmp_path, capsys):
     assert shown(tmp_path, results_of(STEADY), results_of(slower)) == 1
     assert f"slower 1.30  {A} torch-path step" in capsys.readouterr().out
     assert shown(tmp_path, results_of(STEADY), results_of(slower), "--threshold", "1.5") == 0
-    assert shown(tmp_path, results_of(slower), results_of(STEADY)) == 0
-    assert "faster 0.77" in capsys.readouterr().out
+    assert "differs" not in capsys.readouterr().out
+    assert shown(tmp_path, results_of(slower), results_of(STEADY, threads=2)) == 0
+    faster = capsys.readouterr().out
+    assert "faster 0.77" in faster and "the threads differs: 1, then 2" in faster
 
 
 def test_compare_is_not_taken_in_by_noise(tmp_path):
