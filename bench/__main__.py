@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 
 import torch
 
-from rnn.__main__ import Parser, duration
+from rnn.jobs.cli import Parser, duration
 
 from .cases import EXAMPLE, Case, Set, quick, sets
 from .measure import CRASHED, WRONG, cannot, measure
