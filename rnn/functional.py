@@ -158,7 +158,8 @@ def recurrent_weight_gradient(
     T, B, _ = output.shape
     D = h0.size(0)
     gradients = []
-    for d, (d_gates, h) in enumerate(zip(d_h_gates.chunk(D, 2), output.chunk(D, 2))):
+    all_d_gates, all_h = (reference.by_direction(x, D) for x in (d_h_gates, output))
+    for d, (d_gates, h) in enumerate(zip(all_d_gates, all_h)):
         # h0 is the state before the first step: the last of a row where time runs backwards.
         if reverse == bool(d):
             first, after, before = d_gates[0], slice(1, None), slice(None, -1)
@@ -172,7 +173,7 @@ def recurrent_weight_gradient(
         if T > 1:
             gradient = gradient + d_gates[after].flatten(0, 1).t() @ h[before].flatten(0, 1)
         gradients.append(gradient)
-    return torch.stack(gradients)
+    return gradients[0].unsqueeze(0) if D == 1 else torch.stack(gradients)
 
 
 def run(
@@ -187,7 +188,12 @@ def run(
     """The recurrence on tensors that were checked before: output (T, B, D * H), h_n (D, B, H)."""
     D, B, H = h0.shape
     found = choose(backend, cell, H, B, D, x_gates.dtype, x_gates.device)
-    return Recurrence.apply(x_gates, h0, weight_hh, lengths, cell, reverse, found)
+    arguments = (x_gates, h0, weight_hh, lengths, cell, reverse, found)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return Recurrence.apply(*arguments)
+    # apply as C++ has it: Python's binds the signature anew at each call, some 50 us, in which
+    # a CPU takes several steps of a small layer.
+    return super(torch.autograd.Function, Recurrence).apply(*arguments)
 
 
 def check_lengths(lengths: Tensor, T: int, B: int) -> None:

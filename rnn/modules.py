@@ -153,7 +153,8 @@ class RNN(torch.nn.RNN):
 
         def both(name: str) -> list[Tensor]:
             suffixes = ("", "_reverse") if self.bidirectional else ("",)
-            return [getattr(self, f"{name}_l{layer}{s}").to(dtype) for s in suffixes]
+            weights = [getattr(self, f"{name}_l{layer}{s}") for s in suffixes]
+            return [w if w.dtype == dtype else w.to(dtype) for w in weights]
 
         def joined(tensors: list[Tensor]) -> Tensor:
             return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

@@ -5,7 +5,7 @@ product and one elementwise function, written into views of buffers that hold al
 `output` is kept for the reverse pass, and autograd records nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,6 +118,11 @@ def at_last_step(steps: Tensor, lengths: Tensor, without: Tensor) -> Tensor:
     return torch.where((lengths > 0)[:, None], found, without)
 
 
+def by_direction(steps: Tensor, D: int) -> Sequence[Tensor]:
+    """(T, B, D * _) as D times (T, B, _), side by side."""
+    return (steps,) if D == 1 else steps.chunk(D, 2)
+
+
 def order(T: int, backwards: bool) -> range:
     return range(T - 1, -1, -1) if backwards else range(T)
 
@@ -138,7 +143,7 @@ def forward(
     active = None if lengths is None else active_steps(lengths, T)
     output = torch.mul(x_gates, scale, out=empty_steps(x_gates, D * H))
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    for d, output_d in enumerate(output.chunk(D, 2)):
+    for d, output_d in enumerate(by_direction(output, D)):
         weight = weight_hh[d] if scale == 1 else scale * weight_hh[d]
         product = recurrent_product(weight, B)
         ys = output_d.unbind(0)
@@ -186,8 +191,8 @@ def reverse(
     for d in range(D):
         weight = weight_hh[d].t()
         product = addmm_product(weight) if differentiable else recurrent_product(weight, B)
-        slopes_d = slopes.chunk(D, 2)[d]
-        d_output_d = None if d_output is None else d_output.chunk(D, 2)[d]
+        slopes_d = by_direction(slopes, D)[d]
+        d_output_d = None if d_output is None else by_direction(d_output, D)[d]
         backwards = reverse != bool(d)
         steps = order(T, not backwards)  # against the forward pass
         d_last = None if d_h_n is None else d_h_n[d]

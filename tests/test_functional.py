@@ -82,3 +82,18 @@ def test_autocast_leaves_the_dtypes_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = call()
     assert output.dtype == h_n.dtype == torch.float32
+
+
+def test_one_graph_under_torch_compile():
+    def recurrence(x_gates, h0, weight_hh):
+        return rnn.recurrence(x_gates, h0, weight_hh, cell="rnn_tanh", backend="torch")
+
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 3, 7), torch.zeros(3, 7), torch.randn(7, 7) / 3
+    leaves = [x.requires_grad_() for x in inputs]
+    results = []
+    for f in (recurrence, torch.compile(recurrence, backend="aot_eager", fullgraph=True)):
+        output, h_n = f(*leaves)
+        loss = output.square().sum() + h_n.sum()
+        results.append([output, h_n, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
