@@ -124,6 +124,23 @@ def test_a_seed_and_a_number_of_steps_decide_everything(corpus):
     assert written == charlm.sample(same.model, corpus, 50)
 
 
+def test_it_goes_on_with_as_many_threads_as_were_faster(corpus, monkeypatch):
+    for slow, fast in ((3, 1), (1, 3)):
+        trained, used = trainer(corpus), [3]
+        monkeypatch.setattr(torch, "get_num_threads", lambda used=used: used[-1])
+        monkeypatch.setattr(torch, "set_num_threads", used.append)
+        step = trained.step
+
+        def slower(rate, trained=trained, used=used, step=step, slow=slow):
+            before = trained.seconds
+            step(rate)
+            trained.seconds = before + (2.0 if used[-1] == slow else 1.0)
+
+        monkeypatch.setattr(trained, "step", slower)
+        charlm.choose_threads(trained, rate=1e-3)
+        assert used == [3, 3, 1, fast] and len(trained.losses) == 2 * (1 + charlm.TRIAL)
+
+
 # What it reports
 
 

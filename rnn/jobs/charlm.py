@@ -49,6 +49,7 @@ EMBEDDING = 128
 LEARNING_RATE = 3e-3
 WARM_UP = 0.03  # of the time
 CLIP = 0.3  # on the norm of the gradient of the mean loss, in nats per character
+TRIAL = 4  # steps
 SAMPLE = 600  # characters
 LOSS_CURVE = "loss.png"
 PYTHON_LINE = "def norm(x):\n    return math.sqrt(sum(v * v for v in x))\n"
@@ -197,6 +198,21 @@ class Trainer:
         torch.set_rng_state(saved["rng"])
 
 
+def choose_threads(trainer: Trainer, rate: float) -> None:
+    """One thread or all, whichever is faster in a few steps: where something else has a core,
+    threads that wait for each other cost seconds a step."""
+    seconds: dict[int, float] = {}
+    for threads in (torch.get_num_threads(), 1):
+        torch.set_num_threads(threads)
+        trainer.step(rate)  # a warm-up
+        before = trainer.seconds
+        for _ in range(TRIAL):
+            trainer.step(rate)
+        seconds[threads] = trainer.seconds - before
+    torch.set_num_threads(min(seconds, key=seconds.__getitem__))
+    print(f"{torch.get_num_threads()} of {max(seconds)} threads: faster in {TRIAL} steps")
+
+
 def train(trainer: Trainer, spent: Callable[[], float], interrupted: Event) -> None:
     """Train until spent() reaches 1, or an interrupt; the learning rate follows spent()."""
     with tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {desc}", mininterval=0.5) as bar:
@@ -267,8 +283,13 @@ def run(settings: Settings, out: Path, checkpoint: dict[str, Any] | None = None)
         print(f"resumed after {len(trainer.losses)} steps, {trainer.seconds:.1f} s")
     make_folder(out)
 
+    def spent() -> float:
+        return trainer.seconds / settings.seconds
+
     with interrupts_held() as interrupted:
-        train(trainer, lambda: trainer.seconds / settings.seconds, interrupted)
+        if trainer.inputs.device.type == "cpu" and torch.get_num_threads() > 1:
+            choose_threads(trainer, learning_rate(WARM_UP / 10))
+        train(trainer, spent, interrupted)
         about = {
             "format": format_of("charlm"),
             "settings": asdict(settings),
