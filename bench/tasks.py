@@ -204,10 +204,9 @@ def verdict(sample: dict[str, Any]) -> str:
 
 def environment() -> dict[str, str]:
     """Where a sample comes from. The commit ends in -dirty if the tree had other changes."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "commit": subprocess.check_output(describe, text=True).strip(),
+        "commit": subprocess.getoutput("git describe --always --dirty --abbrev=12"),
         "machine": f"{cpu[1] if cpu else platform.machine()}, one thread, float32",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
