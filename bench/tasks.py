@@ -1,0 +1,298 @@
+"""Which length does a network solve? Two classical tasks: python -m bench.tasks
+
+Adding (Hochreiter & Schmidhuber 1997, in the form of Le, Jaitly & Hinton 2015): T pairs of a
+number, uniform in [0, 1), and a mark, 1 at two steps and else 0; wanted after the last step is
+the sum of the two marked numbers. Who always says 1 has the mean squared error 1/6.
+
+Copy (Hochreiter & Schmidhuber 1997, in the form of Arjovsky, Shah & Bengio 2016): ten symbols of
+eight, T - 1 blanks, a delimiter, ten blanks; wanted are T + 10 blanks and then the ten symbols.
+Who remembers nothing has the cross entropy 10 log 8 / (T + 20), in nats a step.
+
+A run is solved at the first evaluation, each 200 steps on 1000 new sequences, whose loss is below
+0.06 of that baseline (0.01 for adding). "Not solved in N steps" is not "cannot"; the loss beside
+it is the median of the last five. No sequence comes twice. Unlike in the papers the optimiser is
+Adam, the gradient's norm clipped at 1, with one rate a task (Le et al.: SGD, rate and clipping
+searched for each network and length); thousands of steps, not up to millions; two seeds.
+
+Each finished run is a line of --samples; started again, the command does what lacks.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+import rnn
+
+EVALUATE_EVERY, HELD_OUT, SOLVED = 200, 1000, 0.06  # steps, sequences, share of the baseline
+
+
+def adding_batch(T: int, B: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """x (T, B, 2): numbers and marks; the sums (B, 1)."""
+    numbers = torch.rand(T, B, generator=generator)
+    two_steps = torch.rand(T, B, generator=generator).topk(2, 0).indices
+    marks = torch.zeros(T, B).scatter_(0, two_steps, 1)
+    return torch.stack([numbers, marks], 2), (numbers * marks).sum(0).unsqueeze(1)
+
+
+def copy_batch(T: int, B: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """x (T + 20, B, 10), one-hot: 0 to 7, blank 8, delimiter 9; what is wanted (T + 20, B)."""
+    symbols = torch.randint(8, (10, B), generator=generator)
+    rest = torch.full((T + 10, B), 8)
+    given = torch.cat([symbols, rest])
+    given[-11] = 9
+    return F.one_hot(given, 10).float(), torch.cat([rest, symbols])
+
+
+class ManyToMany(nn.Module):
+    """y_t = W_hy h_t at each step: (T, B, I) -> (T, B, O)."""
+
+    def __init__(self, input_size: int, hidden_size: int, outputs: int, cell: str) -> None:
+        super().__init__()
+        self.rnn = rnn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"))
+        self.readout = nn.Linear(hidden_size, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.rnn(x)[0])
+
+
+class ManyToOne(ManyToMany):
+    """y = W_hy h_T after the last step: (T, B, I) -> (B, O)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.rnn(x)[0][-1])
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+
+
+def copy_baseline(T: int) -> float:
+    return 10 * math.log(8) / (T + 20)
+
+
+class Task(NamedTuple):
+    batch: Callable[[int, int, Generator], tuple[Tensor, Tensor]]
+    pattern: type[ManyToMany]
+    inputs: int
+    outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    baseline: Callable[[int], float]  # loss of the best answer that ignores the input, by T
+
+
+TASKS = {
+    "adding": Task(adding_batch, ManyToOne, 2, 1, F.mse_loss, lambda T: 1 / 6),
+    "copy": Task(copy_batch, ManyToMany, 10, 9, cross_entropy, copy_baseline),
+}
+
+
+def default(model: ManyToMany) -> None:
+    """PyTorch's: all uniform in +-1 / sqrt(H)."""
+
+
+def orthogonal(model: ManyToMany) -> None:
+    """W_hh a random orthogonal matrix, biases 0, W_ih of variance 1 / I, W_hy as PyTorch has it."""
+    weight_ih, weight_hh, *biases = model.rnn.all_weights[0]
+    nn.init.orthogonal_(weight_hh)
+    nn.init.normal_(weight_ih, std=weight_ih.size(1) ** -0.5)
+    for bias in biases:
+        nn.init.zeros_(bias)
+
+
+def identity(model: ManyToMany) -> None:
+    """W_hh = 1, biases 0, all else normal with deviation 0.001 (Le, Jaitly & Hinton 2015)."""
+    weight_ih, weight_hh, *biases = model.rnn.all_weights[0]
+    nn.init.eye_(weight_hh)
+    for bias in biases:
+        nn.init.zeros_(bias)
+    for weight in (weight_ih, model.readout.weight):
+        nn.init.normal_(weight, std=0.001)
+
+
+class Network(NamedTuple):
+    cell: str  # a name in rnn.reference.CELLS
+    initialise: Callable[[ManyToMany], None]
+
+
+NETWORKS = {
+    "tanh": Network("rnn_tanh", default),
+    "tanh, orthogonal": Network("rnn_tanh", orthogonal),
+    "relu, identity": Network("rnn_relu", identity),
+}
+
+
+class Job(NamedTuple):  # one run, with all that decides its outcome
+    task: str
+    T: int
+    network: str
+    seed: int
+    max_steps: int
+    hidden: int
+    batch: int
+    learning_rate: float
+    max_norm: float = 1.0
+
+
+# Hidden units and batch: those of Le et al. for adding, of Arjovsky et al. for copy.
+# Rates: from trials with seed 0 of relu on adding, of orthogonal tanh on copy; it favours these.
+ADDING: dict[str, Any] = {"max_steps": 15_000, "hidden": 100, "batch": 16, "learning_rate": 3e-4}
+COPY: dict[str, Any] = {"max_steps": 6_000, "hidden": 128, "batch": 20, "learning_rate": 1e-3}
+JOBS = [
+    Job(task, T, network, seed, **settings)
+    for seed in (0, 1)
+    for task, lengths, networks, settings in (
+        ("adding", (50, 100, 150, 200, 300), ("tanh", "relu, identity"), ADDING),
+        ("copy", (1, 10, 30, 100), NETWORKS, COPY),
+    )
+    for T, network in product(lengths, networks)
+]
+
+
+def build(job: Job) -> ManyToMany:
+    task, network = TASKS[job.task], NETWORKS[job.network]
+    model = task.pattern(task.inputs, job.hidden, task.outputs, cell=network.cell)
+    network.initialise(model)
+    return model
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train until solved, for max_steps at most, or until a loss is not finite. Returns "losses",
+    pairs (step, loss on new sequences), and "solved_at", a step or None."""
+    task = TASKS[job.task]
+    torch.manual_seed(job.seed)
+    model = build(job)
+    generator = Generator().manual_seed(job.seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=job.learning_rate)
+    losses: list[tuple[int, float]] = []
+    for step in range(1, job.max_steps + 1):
+        x, wanted = task.batch(job.T, job.batch, generator)
+        optimizer.zero_grad()
+        task.loss(model(x), wanted).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), job.max_norm)
+        optimizer.step()
+        if step % EVALUATE_EVERY == 0 or step == job.max_steps:
+            x, wanted = task.batch(job.T, HELD_OUT, generator)
+            with torch.no_grad():
+                loss = float(task.loss(model(x), wanted))
+            losses.append((step, loss))
+            solved = loss < SOLVED * task.baseline(job.T)
+            if solved or not math.isfinite(loss):
+                return {"losses": losses, "solved_at": step if solved else None}
+    return {"losses": losses, "solved_at": None}
+
+
+def verdict(sample: dict[str, Any]) -> str:
+    step, loss = sample["losses"][-1]
+    if sample["solved_at"] is not None:
+        return f"solved at step {step}"
+    if not math.isfinite(loss):
+        return f"diverged by step {step}"
+    median = statistics.median(loss for _, loss in sample["losses"][-5:])
+    return f"not solved in {step} steps (loss {median:.3g})"
+
+
+def environment() -> dict[str, str]:
+    """Where a sample comes from. The commit ends in -dirty if the tree had other changes."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "commit": subprocess.getoutput("git describe --always --dirty --abbrev=12"),
+        "machine": f"{cpu[1] if cpu else platform.machine()}, one thread, float32",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+    }
+
+
+PAPERS = """\
+- H: Hochreiter & Schmidhuber 1997, section 5.4, table 7: an LSTM solves adding at T = 100, 500,
+  1000 after 74,000, 209,000, 853,000 sequences (means of 10 trials). Their form differs: numbers
+  in [-1, 1], both marks in the first half. Not checked: there is no LSTM here yet.
+- L: Le, Jaitly & Hinton 2015 (arXiv 1504.00941), section 4.1: adding at T = 150, 200, 300, 400;
+  relu with identity learns as LSTM does, tanh and LSTM begin to struggle around T = 150. The error
+  of the constant 1 is given as 0.1767; it is 1/6, the variance of the sum of two numbers.
+- A: Arjovsky, Shah & Bengio 2016 (arXiv 1511.06464), section 5: copy at T = 100, 200, 300, 500 and
+  adding at T = 100, 200, 400, 750; a tanh RNN does not beat the baseline at any of them.
+- Henaff, Szlam & LeCun 2016 (arXiv 1602.06662), linear: orthogonal suits copy, identity adding.
+"""
+REPORTED = {
+    **{("adding", T, "relu, identity"): "L: solved" for T in (150, 200, 300)},
+    **{("adding", T, "tanh"): "A: not solved" for T in (100, 200)},
+    ("adding", 150, "tanh"): "L: struggles",
+    ("copy", 100, "tanh"): "A: not solved",
+}
+
+
+def report(samples: dict[Job, dict[str, Any]]) -> str:
+    """Markdown."""
+    rows: dict[tuple[str, int, str], list[str]] = {}
+    for job, sample in samples.items():
+        runs = rows.setdefault((job.task, job.T, job.network), [])
+        runs.append(f"seed {job.seed}: {verdict(sample)}")
+    origins = sorted({", ".join(sample["environment"].values()) for sample in samples.values()})
+    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.", ""]
+    lines += [*(f"- {origin}" for origin in origins), "", "Papers:", "", PAPERS]
+    lines += ["| task | T | network | baseline | runs | papers |", "|---|---|---|---|---|---|"]
+    for key, runs in rows.items():
+        cells = [*key, f"{TASKS[key[0]].baseline(key[1]):.4f}", "; ".join(runs)]
+        lines.append("| " + " | ".join(map(str, [*cells, REPORTED.get(key, "-")])) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(samples: dict[Job, dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((job.task, job.T) for job in samples))
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
+    figure.suptitle("Loss on new sequences by step; dashed: baseline; dotted: solved below")
+    for i, (name, T) in enumerate(panels, 1):
+        baseline = TASKS[name].baseline(T)
+        axis = figure.add_subplot(rows, 3, i, title=f"{name}, {T=}", ylabel="loss", yscale="log")
+        for job, sample in samples.items():
+            if (job.task, job.T) == (name, T):
+                colour = f"C{list(NETWORKS).index(job.network)}"
+                axis.plot(*zip(*sample["losses"]), colour, label=None if job.seed else job.network)
+        axis.axhline(baseline, color="black", linestyle="--")
+        axis.axhline(SOLVED * baseline, color="black", linestyle=":")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench.tasks", None, __doc__, formatter_class=raw)
+    parser.add_argument("--samples", type=Path, default="runs/tasks.jsonl", help="JSON lines")
+    parser.add_argument("--results", type=Path, help="folder for tasks.json, tasks.md, tasks.png")
+    parser.add_argument("--report-only", action="store_true", help="of what --samples holds")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # a step is too small to share
+    args.samples.parent.mkdir(parents=True, exist_ok=True)
+    args.samples.touch()
+    done = [json.loads(line) for line in args.samples.read_text().splitlines()]
+    samples = {Job(**sample["job"]): sample for sample in done}
+    here = environment()
+    for job in JOBS if not args.report_only else ():
+        if job not in samples:
+            samples[job] = {"job": job._asdict(), **train(job), "environment": here}
+            with args.samples.open("a") as file:
+                file.write(json.dumps(samples[job]) + "\n")
+        print(*job[:4], verdict(samples[job]), sep=", ", flush=True)
+    samples = {job: samples[job] for job in sorted(JOBS) if job in samples}
+    if args.results:
+        text = ",\n".join(map(json.dumps, samples.values()))
+        (args.results / "tasks.json").write_text(f"[\n{text}\n]\n")
+        (args.results / "tasks.md").write_text(report(samples))
+        plot(samples, args.results / "tasks.png")
+
+
+if __name__ == "__main__":
+    main()
