@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-import rnn
+from rnn.patterns import ManyToMany, ManyToOne, Pattern, cross_entropy
 
 EVALUATE_EVERY, HELD_OUT, SOLVED = 200, 1000, 0.06  # steps, sequences, share of the baseline
 
@@ -55,36 +55,13 @@ def copy_batch(T: int, B: int, generator: Generator) -> tuple[Tensor, Tensor]:
     return F.one_hot(given, 10).float(), torch.cat([rest, symbols])
 
 
-class ManyToMany(nn.Module):
-    """y_t = W_hy h_t at each step: (T, B, I) -> (T, B, O)."""
-
-    def __init__(self, input_size: int, hidden_size: int, outputs: int, cell: str) -> None:
-        super().__init__()
-        self.rnn = rnn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("rnn_"))
-        self.readout = nn.Linear(hidden_size, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.rnn(x)[0])
-
-
-class ManyToOne(ManyToMany):
-    """y = W_hy h_T after the last step: (T, B, I) -> (B, O)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.readout(self.rnn(x)[0][-1])
-
-
-def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-
-
 def copy_baseline(T: int) -> float:
     return 10 * math.log(8) / (T + 20)
 
 
 class Task(NamedTuple):
     batch: Callable[[int, int, Generator], tuple[Tensor, Tensor]]
-    pattern: type[ManyToMany]
+    pattern: type[Pattern]
     inputs: int
     outputs: int
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -97,11 +74,11 @@ TASKS = {
 }
 
 
-def default(model: ManyToMany) -> None:
+def default(model: Pattern) -> None:
     """PyTorch's: all uniform in +-1 / sqrt(H)."""
 
 
-def orthogonal(model: ManyToMany) -> None:
+def orthogonal(model: Pattern) -> None:
     """W_hh a random orthogonal matrix, biases 0, W_ih of variance 1 / I, W_hy as PyTorch has it."""
     weight_ih, weight_hh, *biases = model.rnn.all_weights[0]
     nn.init.orthogonal_(weight_hh)
@@ -110,7 +87,7 @@ def orthogonal(model: ManyToMany) -> None:
         nn.init.zeros_(bias)
 
 
-def identity(model: ManyToMany) -> None:
+def identity(model: Pattern) -> None:
     """W_hh = 1, biases 0, all else normal with deviation 0.001 (Le, Jaitly & Hinton 2015)."""
     weight_ih, weight_hh, *biases = model.rnn.all_weights[0]
     nn.init.eye_(weight_hh)
@@ -122,7 +99,7 @@ def identity(model: ManyToMany) -> None:
 
 class Network(NamedTuple):
     cell: str  # a name in rnn.reference.CELLS
-    initialise: Callable[[ManyToMany], None]
+    initialise: Callable[[Pattern], None]
 
 
 NETWORKS = {
@@ -159,7 +136,7 @@ JOBS = [
 ]
 
 
-def build(job: Job) -> ManyToMany:
+def build(job: Job) -> Pattern:
     task, network = TASKS[job.task], NETWORKS[job.network]
     model = task.pattern(task.inputs, job.hidden, task.outputs, cell=network.cell)
     network.initialise(model)
@@ -222,6 +199,8 @@ PAPERS = """\
 - A: Arjovsky, Shah & Bengio 2016 (arXiv 1511.06464), section 5: copy at T = 100, 200, 300, 500 and
   adding at T = 100, 200, 400, 750; a tanh RNN does not beat the baseline at any of them.
 - Henaff, Szlam & LeCun 2016 (arXiv 1602.06662), linear: orthogonal suits copy, identity adding.
+- Of H the section itself was read; of the three others only abstracts and what reviews say of
+  them: check their figures before you cite them from here.
 """
 REPORTED = {
     **{("adding", T, "relu, identity"): "L: solved" for T in (150, 200, 300)},
