@@ -105,7 +105,7 @@ def inputs_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
 
 def draw_activations(layers: list[Layer], figure: Figure) -> None:
     """Units from top to bottom, those that change most; steps from left to right."""
-    figure.suptitle(f"Hidden units along a sequence: the {UNITS_SHOWN} that vary most, h")
+    figure.suptitle(f"Hidden units along a sequence: the {UNITS_SHOWN} that vary most")
     figure.set_size_inches(max(6.0, 0.13 * max(len(a.labels) for a in layers)), 3 * len(layers))
     for ax, layer in zip(figure.subplots(len(layers), squeeze=False).flat, layers):
         most = layer.output.std(0, correction=0).argsort(descending=True)[:UNITS_SHOWN]
