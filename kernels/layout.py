@@ -1,6 +1,7 @@
 """How the (T, B, features) tensors of a layer lie in memory. Needs no triton."""
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -28,3 +29,16 @@ def stride_arguments(**steps: Tensor) -> dict[str, int]:
         arguments[f"{name}_stride_t"] = x.stride(0) // unit
         arguments[f"{name}_stride_b"] = x.stride(1) // unit
     return arguments
+
+
+class Inputs(NamedTuple):
+    """What one layer's recurrence reads. The rows of step t are x_gates[t]; or, where rows of
+    different length are packed, x_gates[offsets[t] : offsets[t] + the number of active rows]."""
+
+    x_gates: Tensor  # (T, B, D * G * H), or packed (N, D * G * H)
+    state0: tuple[Tensor, ...]  # S tensors (D, B, H)
+    weight_hh: Tensor  # (D, G * H, H)
+    params: tuple[Tensor, ...] = ()  # each (D, H)
+    lengths: Tensor | None = None  # (B,): row b is active while t < lengths[b]
+    offsets: Tensor | None = None  # (T,) int64, with lengths, then longest row first: packed
+    reverse: bool = False  # direction 0 walks from T - 1 down to 0, and direction 1 upwards
