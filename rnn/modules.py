@@ -1,50 +1,97 @@
 """Modules that drop in for those of torch.nn."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from .functional import BACKENDS, check_lengths, choose, run
+from .autograd import autocast_enabled, run
+from .cells import CELLS, Cell
+from .dispatch import BACKENDS, choose
+from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
+from .layer import Spec
+from .rows import Rows
+
+
+class Mode(NamedTuple):
+    """What torch.nn calls a cell, its own operator for it, and its own module."""
+
+    cell: str
+    operator: Callable[..., Any]
+    twin: Callable[..., torch.nn.RNNBase]
+
+
+MODES = {
+    "RNN_TANH": Mode("rnn_tanh", torch._VF.rnn_tanh, torch.nn.RNN),  # type: ignore[attr-defined]
+    "RNN_RELU": Mode(
+        "rnn_relu",
+        torch._VF.rnn_relu,  # type: ignore[attr-defined]
+        partial(torch.nn.RNN, nonlinearity="relu"),
+    ),
+    "GRU": Mode("gru", torch._VF.gru, torch.nn.GRU),  # type: ignore[attr-defined]
+    "LSTM": Mode("lstm", torch._VF.lstm, torch.nn.LSTM),  # type: ignore[attr-defined]
+}
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype that all layers compute in: the input's, unless autocast asks for another."""
-    if torch.is_autocast_enabled(input.device.type):
+    """The dtype that all layers compute in: the input's, unless autocast asks for another. It
+    leaves float64 as it is."""
+    if input.dtype != torch.float64 and autocast_enabled(input.device.type):
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
-class RNN(torch.nn.RNN):
-    """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
-    torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
+def skipped_by_compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile leaves the call alone, as it leaves torch.nn's modules: traced, the loop over
+    time would be compiled anew for each length. torch._dynamo, which takes a second to import, is
+    asked only where something else has imported it."""
+    uncompiled: list[Callable[..., Any]] = []
 
-    Args:
-        as of torch.nn.RNN: input_size, hidden_size, num_layers=1, nonlinearity="tanh" or "relu",
-            bias=True, batch_first=False, dropout=0.0, bidirectional=False, device=None,
-            dtype=None; and
-        backend: "auto" (the fused kernels where they can run, else PyTorch), "triton" (raise
-            RuntimeError where they cannot) or "torch". rnn.explain says what runs, and why.
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return forward(*args, **kwargs)
+        if not uncompiled:
+            uncompiled.append(torch._dynamo.disable(forward))
+        return uncompiled[0](*args, **kwargs)
 
-    Beside the drop-in: backward works in eval mode on every device, `lengths` replaces packing,
-    and a second derivative can be taken. Forward-mode derivatives and vmap are not supported.
-    Source: Elman, Finding structure in time, 1990.
-    """
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
 
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+
+class Prepared(NamedTuple):
+    """The arguments of forward, checked: a batch or packed rows, and states for all layers."""
+
+    x: Tensor  # (T, B, I), (B, T, I) if batch_first, or packed (N, I)
+    batch_first: bool
+    state0: tuple[Tensor, ...] | None  # each (L * D, B, H), the rows in the order of x
+    batch: int
+    lengths: Tensor | None
+    packed: PackedSequence | None
+
+
+class Recurrent(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share: layers, directions, dropout, packed sequences."""
+
+    backend = "auto"  # of instances that were pickled as torch.nn's
+
+    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        super().__init__(*args, **kwargs)
+        super().__init__(mode, *args, **kwargs)
         self.backend = backend
 
     @property
     def cell(self) -> str:
-        return f"rnn_{self.nonlinearity}"
+        """The name of the cell in rnn.cells.CELLS."""
+        return MODES[self.mode].cell
 
     @property
     def directions(self) -> int:
@@ -56,163 +103,336 @@ class RNN(torch.nn.RNN):
     def extra_repr(self) -> str:
         return super().extra_repr() + f", backend={self.backend}"
 
-    def forward(  # type: ignore[override]
+    def __prepare_scriptable__(self) -> torch.nn.RNNBase:
+        """torch.jit.script compiles torch.nn's module in place of this one, on the same weights."""
+        twin = MODES[self.mode].twin(
+            self.input_size,
+            self.hidden_size,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device="meta",
+            **({"proj_size": self.proj_size} if self.proj_size else {}),
+        )
+        for name in self._flat_weights_names:
+            setattr(twin, name, getattr(self, name))
+        return twin.train(self.training)
+
+    @skipped_by_compile
+    def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
+        hx: State | None = None,
         *,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[Any, Any]:
         """Run all layers.
 
         Args:
             input: (T, B, I), (B, T, I) if batch_first, (T, I) without a batch, or packed.
-            hx: (L*D, B, H), or (L*D, H) without a batch; zeros if None.
+            hx: (L*D, B, H), or (L*D, H) without a batch; of an LSTM the pair (h0, c0) of such;
+                zeros if None.
             lengths: (B,), int32 or int64, any device, in any order, zeros included: row b ends
                 after lengths[b] steps. Its output is zero from there on, its h_n the state after
                 its last step (hx if it has none), and the reverse direction starts at its end.
+                What the input holds past the end is never read.
 
         Returns:
             output (T, B, D*H), laid out as input is, and h_n, shaped as hx is.
 
         Raises:
-            what torch.nn.RNN raises for the same misuse: ValueError for a wrong dtype or a
-            wrong number of dimensions, RuntimeError for a wrong shape or device or an empty
-            sequence; for lengths, see rnn.recurrence.
+            what torch.nn raises for the same misuse: ValueError for a wrong dtype or a wrong
+            number of dimensions, RuntimeError for a wrong shape or device or an empty sequence;
+            for lengths, see rnn.recurrence.
         """
+        if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as torch.nn's modules
+            path = input.tracer.path_of_module(self)
+            given = {"hx": hx, "lengths": lengths}
+            return input.tracer.create_proxy(
+                "call_module", path, (input,), {k: v for k, v in given.items() if v is not None}
+            )
+        p = self._prepare(input, hx, lengths)
+        in_pytorch = self.why_pytorchs_operator(p)
+        output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
+        if p.packed is not None:
+            _, batch_sizes, sorted_indices, unsorted_indices = p.packed
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                state_n = tuple(s.index_select(1, unsorted_indices) for s in state_n)
+        elif input.dim() == 2:
+            output = output.squeeze(0 if p.batch_first else 1)
+            state_n = tuple(s.squeeze(1) for s in state_n)
+        return output, state_n if len(state_n) > 1 else state_n[0]
+
+    def _prepare(
+        self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
+    ) -> Prepared:
+        """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
+        self._update_flat_weights()
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("a PackedSequence has its own lengths; got lengths as well")
-            return self._forward_packed(input, hx)
+            x, batch_sizes, sorted_indices, _ = input
+            self.check_input(x, batch_sizes)
+            batch = int(batch_sizes[0])
+            state0 = self._check_states(x, hx, batch, 3)
+            if state0 is not None and sorted_indices is not None:
+                state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
+            return Prepared(x, False, state0, batch, None, input)
         if input.dim() not in (2, 3):
             raise ValueError(f"input must be 2-D or 3-D, got {input.dim()}-D")
-        if hx is not None and hx.dim() != input.dim():
-            raise RuntimeError(
-                f"for {input.dim()}-D input hx must be {input.dim()}-D too, got {hx.dim()}-D"
-            )
-        if input.dim() == 2:
-            if lengths is not None:
-                raise ValueError("lengths needs batched, 3-D input, got 2-D")
-            hx = None if hx is None else hx.unsqueeze(1)
-            output, h_n = self._forward_batch(input.unsqueeze(1), hx, None, batch_first=False)
-            return output.squeeze(1), h_n.squeeze(1)
-        return self._forward_batch(input, hx, lengths, self.batch_first)
-
-    def _forward_packed(
-        self, packed: PackedSequence, hx: Tensor | None
-    ) -> tuple[PackedSequence, Tensor]:
-        data, batch_sizes, sorted_indices, unsorted_indices = packed
-        self.check_input(data, batch_sizes)
-        # Without its indices the rows stay as the PackedSequence holds them: longest first.
-        input, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        hx = None if hx is None else self.permute_hidden(hx, sorted_indices)
-        output, h_n = self._forward_batch(input, hx, lengths, batch_first=False)
-        return (
-            PackedSequence(
-                pack_padded_sequence(output, lengths).data,
-                batch_sizes,
-                sorted_indices,
-                unsorted_indices,
-            ),
-            self.permute_hidden(h_n, unsorted_indices),
-        )
-
-    def _forward_batch(
-        self, input: Tensor, hx: Tensor | None, lengths: Tensor | None, batch_first: bool
-    ) -> tuple[Tensor, Tensor]:
-        self._check(input, hx, batch_first)
-        steps, rows = (1, 0) if batch_first else (0, 1)
-        if lengths is not None:
-            check_lengths(lengths, input.size(steps), input.size(rows))
-            lengths = lengths.to(input.device, non_blocking=True)
-        dtype, D = compute_dtype(input), self.directions
-        if hx is None:
-            hx = input.new_zeros(self.num_layers * D, input.size(rows), self.hidden_size)
-        x, h0 = input.to(dtype), hx.to(dtype)
-        states = []
-        for layer in range(self.num_layers):
-            weight_ih, weight_hh, bias = self.layer_weights(layer, dtype)
-            x_gates = F.linear(x, weight_ih, bias)
-            output, h_n = run(
-                x_gates.transpose(0, 1) if batch_first else x_gates,
-                h0[layer * D : (layer + 1) * D],
-                weight_hh,
-                lengths,
-                self.cell,
-                reverse=False,
-                backend=self.backend,
-            )
-            x = output.transpose(0, 1) if batch_first else output
-            states.append(h_n)
-            if self.dropout > 0 and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, self.training)
-        return x, states[0] if len(states) == 1 else torch.cat(states)
-
-    def layer_weights(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(D*G*H, I), (D, G*H, H) and (D*G*H,): the directions of a layer, one after the other."""
-
-        def both(name: str) -> list[Tensor]:
-            suffixes = ("", "_reverse") if self.bidirectional else ("",)
-            weights = [getattr(self, f"{name}_l{layer}{s}") for s in suffixes]
-            return [w if w.dtype == dtype else w.to(dtype) for w in weights]
-
-        def joined(tensors: list[Tensor]) -> Tensor:
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-        weight_hh = both("weight_hh")
-        stacked = weight_hh[0].unsqueeze(0) if len(weight_hh) == 1 else torch.stack(weight_hh)
-        bias = joined(both("bias_ih")) + joined(both("bias_hh")) if self.bias else None
-        return joined(both("weight_ih")), stacked, bias
-
-    def _check(self, input: Tensor, hx: Tensor | None, batch_first: bool) -> None:
-        """torch.nn.RNN's own checks, and in Python those that it leaves to its C++ part."""
-        self.check_input(input, None)
-        steps, rows = (1, 0) if batch_first else (0, 1)
-        if input.size(steps) == 0:
+        x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
+        self.check_input(x, None)
+        T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
+        if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        weight = self.weight_ih_l0
-        if input.device != weight.device:
+        state0 = self._check_states(x, hx, batch, input.dim())
+        if lengths is not None:
+            if input.dim() == 2:
+                raise ValueError("lengths needs batched, 3-D input, got 2-D")
+            check_lengths(lengths, T, batch)
+            lengths = own_lengths(lengths, T, x.device)
+        return Prepared(x, self.batch_first, state0, batch, lengths, None)
+
+    def _check_states(
+        self, x: Tensor, hx: State | None, batch: int, dim: int
+    ) -> tuple[Tensor, ...] | None:
+        """hx as a tuple of (L * D, B, H), checked against x; and the weights against both."""
+        weight = self._flat_weights[0]
+        if x.device != weight.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{input.device} and parameter tensor at {weight.device}"
+                f"{x.device} and parameter tensor at {weight.device}"
             )
         if hx is None:
-            return
+            return None
+        cell = CELLS[self.cell]
+        if cell.states == 1 and not isinstance(hx, Tensor):
+            raise AttributeError(f"hx of {self.mode} must be a Tensor, got {type(hx).__name__}")
+        state0 = (hx,) if cell.states == 1 else tuple(hx)
+        if len(state0) != cell.states:
+            raise RuntimeError(f"hx must be {cell.states} tensors, got {len(state0)}")
         layers = self.num_layers * self.directions
-        self.check_hidden_size(hx, (layers, input.size(rows), self.hidden_size))
-        if hx.device != input.device:
-            raise RuntimeError(
-                "Input and hidden tensors are not at the same device, found input tensor at "
-                f"{input.device} and hidden tensor at {hx.device}"
+        for k, s in enumerate(state0):
+            if s.dim() != dim:
+                raise RuntimeError(f"for {dim}-D input hx must be {dim}-D too, got {s.dim()}-D")
+            s = s if dim == 3 else s.unsqueeze(1)
+            width = self.proj_size if k == 0 and self.proj_size else self.hidden_size
+            name = "hidden" if cell.states == 1 else f"hidden[{k}]"
+            self.check_hidden_size(
+                s, (layers, batch, width), f"Expected {name} size {{}}, got {{}}"
             )
-        if hx.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise RuntimeError(f"hx must be {input.dtype} as input is, got {hx.dtype}")
+            if s.device != x.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, found input tensor at "
+                    f"{x.device} and hidden tensor at {s.device}"
+                )
+            if s.dtype != x.dtype and not autocast_enabled(x.device.type):
+                raise RuntimeError(f"hx must be {x.dtype} as input is, got {s.dtype}")
+        return state0 if dim == 3 else tuple(s.unsqueeze(1) for s in state0)
+
+    def why_pytorchs_operator(self, p: Prepared) -> str:
+        """Why torch.nn's own operator runs the whole call; empty where rnn's layers do."""
+        why = ""
+        if self.proj_size:
+            why = "proj_size: no layer of ours has a projection"
+        elif p.lengths is None and torch.compiler.is_exporting():
+            why = "torch.export takes the operator that other programs know"
+        elif p.lengths is None and torch._C._get_tracing_state() is not None:
+            why = "torch.jit.trace and ONNX know this operator"
+        if why and self.backend == "triton":
+            raise RuntimeError(f'backend="triton" cannot run here: {why}')
+        return why
+
+    def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Layer by layer on this library's backends."""
+        cell, D, H = CELLS[self.cell], self.directions, self.hidden_size
+        x, dtype = p.x, compute_dtype(p.x)
+        x = x.to(dtype)
+        sizes = None if p.packed is None else tuple(p.packed.batch_sizes.tolist())
+        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias)
+        last = []
+        for layer in range(self.num_layers):
+            if p.state0 is None:
+                state0: tuple[Tensor, ...] = (x.new_zeros(D, p.batch, H),) * cell.states
+            else:
+                of_layer = slice(layer * D, (layer + 1) * D)
+                state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
+            weights = self._layer_weights(layer, x, dtype)
+            x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights))
+            last.append(state_n)
+            if self.dropout > 0 and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        if len(last) == 1:
+            return x, last[0]
+        return x, tuple(torch.cat(states) for states in zip(*last))
+
+    def _layer_weights(self, layer: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The weights of a layer, direction by direction, in the dtype of the computation."""
+        rows = CELLS[self.cell].gates * self.hidden_size
+        shapes = [(rows, x.size(-1)), (rows, self.hidden_size)] + [(rows,)] * (2 * self.bias)
+        each = len(shapes)
+        first = layer * self.directions * each
+        weights = self._flat_weights[first : first + self.directions * each]
+        names = self._flat_weights_names[first : first + self.directions * each]
+        for name, weight, shape in zip(names, weights, shapes * self.directions):
+            if tuple(weight.shape) != shape:
+                raise RuntimeError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+        return [w if w.dtype == dtype else w.to(dtype) for w in weights]
+
+    def _by_operator(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers by PyTorch's own operator."""
+        x, batch_first, batch = p.x, p.batch_first, p.batch
+        batch_sizes = None if p.packed is None else p.packed.batch_sizes
+        layers, states = self.num_layers * self.directions, CELLS[self.cell].states
+        widths = [self.proj_size or self.hidden_size, self.hidden_size][:states]
+        state0 = p.state0 or tuple(x.new_zeros(layers, batch, width) for width in widths)
+        rows = None
+        if p.lengths is not None:
+            steps = x.transpose(0, 1) if batch_first else x
+            rows = Rows.of_lengths(p.lengths, steps.size(0))
+            n = rows.sizes[0] if rows.sizes else 0
+            if n == 0:
+                return x.new_zeros(*x.shape[:2], self.directions * widths[0]), state0
+            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes)
+            state0, whole = tuple(s[:, rows.order[:n]] for s in state0), state0
+        given = state0[0] if states == 1 else state0
+        options = (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training)
+        operator = MODES[self.mode].operator
+        if batch_sizes is None:
+            output, *state_n = operator(x, given, *options, self.bidirectional, batch_first)
+        else:
+            output, *state_n = operator(x, batch_sizes, given, *options, self.bidirectional)
+        if rows is not None:
+            padded = output.new_zeros(*steps.shape[:2], output.size(1))
+            output = rows.scatter_(output, padded)
+            output = output.transpose(0, 1) if batch_first else output
+            state_n = [s.index_copy(1, rows.order[:n], e) for s, e in zip(whole, state_n)]
+        return output, tuple(state_n)
 
 
-MODULES: dict[str, Callable[..., RNN]] = {  # of each cell, by the name that recurrence() takes
+class RNN(Recurrent):
+    """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
+    torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
+
+    Args:
+        input_size, hidden_size, num_layers=1, nonlinearity="tanh" or "relu", bias=True,
+            batch_first=False, dropout=0.0, bidirectional=False, device=None, dtype=None: as of
+            torch.nn.RNN.
+        backend: "auto" (the fused kernels where they can run, else PyTorch), "triton" (raise
+            RuntimeError where they cannot) or "torch". rnn.explain says what runs, and why.
+
+    Beside the drop-in: backward works in eval mode on every device, `lengths` replaces packing,
+    and a second derivative can be taken.
+    Source: Elman, Finding structure in time, 1990.
+
+    Example:
+        >>> model = rnn.RNN(5, 7, nonlinearity="relu", bidirectional=True)
+        >>> output, h_n = model(torch.randn(6, 3, 5), lengths=torch.tensor([6, 0, 2]))
+        >>> output.shape, h_n.shape
+        (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+
+class GRU(Recurrent):
+    """A stack of gated recurrent units, in place of torch.nn.GRU:
+
+        r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    Args:
+        input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+            bidirectional=False, device=None, dtype=None: as of torch.nn.GRU.
+        backend: as of rnn.RNN.
+
+    Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
+    form of torch.nn.GRU.
+
+    Example:
+        >>> output, h_n = rnn.GRU(5, 7, num_layers=2)(torch.randn(6, 3, 5))
+        >>> output.shape, h_n.shape
+        (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projection(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+
+class LSTM(Recurrent):
+    """A stack of long short-term memory layers, in place of torch.nn.LSTM:
+
+        i, f, o = sigmoid(W_i. x_t + b_i. + W_h. h_{t-1} + b_h.)   each with weights of its own
+        g = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        c_t = f * c_{t-1} + i * g
+        h_t = o * tanh(c_t)
+
+    Args:
+        input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+            bidirectional=False, proj_size=0, device=None, dtype=None: as of torch.nn.LSTM. With
+            proj_size, PyTorch's own operator runs.
+        backend: as of rnn.RNN.
+
+    Its state is the pair (h, c), in and out.
+    Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.
+
+    Example:
+        >>> output, (h_n, c_n) = rnn.LSTM(5, 7, batch_first=True)(torch.randn(3, 6, 5))
+        >>> output.shape, c_n.shape
+        (torch.Size([3, 6, 7]), torch.Size([1, 3, 7]))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+def _refuse_projection(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
     "rnn_tanh": partial(RNN, nonlinearity="tanh"),
     "rnn_relu": partial(RNN, nonlinearity="relu"),
+    "gru": GRU,
+    "lstm": LSTM,
 }
 
 
-def explain(module: RNN, input: Tensor | PackedSequence) -> str:
+def explain(
+    module: Recurrent, input: Tensor | PackedSequence, lengths: Tensor | None = None
+) -> str:
     """Say for each layer which backend runs for this input, with the plan or the reason.
 
-    Nothing is computed. Raises RuntimeError where backend="triton" cannot run.
+    Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
+    cannot run among it; TypeError for another module than rnn.RNN, rnn.GRU and rnn.LSTM.
     """
-    if isinstance(input, PackedSequence):
-        tensor, batch = input.data, int(input.batch_sizes[0])
-    else:
-        tensor = input
-        batch = 1 if input.dim() == 2 else input.size(0 if module.batch_first else 1)
-    found = choose(
-        module.backend,
-        module.cell,
-        module.hidden_size,
-        batch,
-        module.directions,
-        compute_dtype(tensor),
-        tensor.device,
-    )
-    name = "torch" if isinstance(found, NoPlan) else "triton"
-    return "\n".join(f"layer {layer}: {name}: {found}" for layer in range(module.num_layers))
+    if not isinstance(module, Recurrent):
+        raise TypeError(
+            "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
+            f"{type(module).__name__}"
+        )
+    p = module._prepare(input, None, lengths)
+    why = module.why_pytorchs_operator(p)
+    if why:
+        return f"all layers: PyTorch's own operator: {why}"
+    cell: Cell = CELLS[module.cell]
+    D, dtype = module.directions, compute_dtype(p.x)
+    plan = choose(module.backend, cell, module.hidden_size, p.batch, D, dtype, p.x.device)
+    name = "torch" if isinstance(plan, NoPlan) else "triton"
+    return "\n".join(f"layer {layer}: {name}: {plan}" for layer in range(module.num_layers))

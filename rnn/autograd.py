@@ -1,0 +1,269 @@
+"""A layer's place in autograd: one Function for every cell and both engines."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .cells import CELLS
+from .in_place import IN_PLACE
+from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .layer import (
+    Gradients,
+    Spec,
+    backward_in_torch,
+    backward_in_triton,
+    forward_in_torch,
+    forward_in_triton,
+    plain,
+    time_major,
+)
+from .rows import active_steps
+
+
+class Call(NamedTuple):
+    """How a layer is run: what autograd carries from the forward to the backward pass."""
+
+    spec: Spec
+    plan: Plan | NoPlan
+    save: bool  # a backward pass may follow
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Dtypes were settled before; a product that autocast changed would not fit its buffer."""
+    if autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """torch.is_autocast_enabled, for devices too that have no autocast (meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
+    """Whether every operation must be seen: by a transform of torch.func other than grad, forward
+    mode, a tracer of graphs, or where tensors hold no data. Or the cell has no form in place."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._are_functorch_transforms_active() and under_other_transforms_than_grad():
+        return True
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        return True
+    if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors):
+        return True
+    return isinstance(plan, NoPlan) and cell not in IN_PLACE
+
+
+def under_other_transforms_than_grad() -> bool:
+    grad = torch._C._functorch.TransformType.Grad
+    return any(i.key() != grad for i in torch._C._functorch.get_interpreter_stack() or ())
+
+
+class Recurrence(torch.autograd.Function):
+    """One layer over all steps and directions, on either engine.
+
+    The outputs are output, the last states and, where a backward pass may follow, what the engine
+    keeps for it, which is not differentiable. A second derivative is taken of the layer's
+    equation, computed anew from what went in.
+    """
+
+    @staticmethod
+    def forward(
+        call: Call, x: Tensor, lengths: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(x.device):
+            if isinstance(call.plan, Plan):
+                output, state_n, kept = forward_in_triton(
+                    call.plan, call.spec, x, lengths, tensors, call.save
+                )
+            else:
+                output, state_n, kept = forward_in_torch(
+                    call.spec, x, lengths, tensors, call.save
+                )
+        return output, *state_n, *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
+        call, x, lengths, *tensors = inputs
+        kept = outputs[1 + CELLS[call.spec.cell].states :]
+        ctx.mark_non_differentiable(*kept)
+        if isinstance(call.plan, Plan):
+            kept = (outputs[0], *kept)
+        ctx.call, ctx.inputs = call, len(tensors)
+        ctx.save_for_backward(x, lengths, *tensors, *kept)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple:
+        call: Call = ctx.call
+        x, lengths, *rest = ctx.saved_tensors
+        tensors, kept = tuple(rest[: ctx.inputs]), tuple(rest[ctx.inputs :])
+        states = CELLS[call.spec.cell].states
+        d_output, d_last = d_outputs[0], d_outputs[1 : 1 + states]
+        if all(d is None for d in (d_output, *d_last)):
+            return (None,) * (3 + len(tensors))
+        differentiable = torch.is_grad_enabled()  # create_graph=True: a second order is wanted
+        with without_autocast(x.device):
+            if differentiable or torch._C._are_functorch_transforms_active():
+                gradients = backward_of_plain(
+                    call.spec, x, lengths, tensors, ctx.needs_input_grad, d_outputs[: 1 + states]
+                )
+            else:
+                gradients = backward(
+                    call, x, lengths, tensors, kept, d_output, d_last, ctx.needs_input_grad
+                )
+        return None, *gradients
+
+
+def backward_of_plain(
+    spec: Spec,
+    x: Tensor,
+    lengths: Tensor | None,
+    tensors: tuple[Tensor, ...],
+    needs: Sequence[bool],  # of the Function's inputs: call, x, lengths, *tensors
+    d_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, lengths and tensors, by autograd through the layer's equation."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor that goes in twice has two gradients.
+        inputs = [t.view_as(t) if need else t for t, need in zip((x, *tensors), needs[1:2] + needs[3:])]
+        outputs = plain(spec, inputs[0], lengths, *inputs[1:])
+        asked = [t for t, need in zip(inputs, needs[1:2] + needs[3:]) if need]
+        given = [(o, d) for o, d in zip(outputs, d_outputs) if d is not None and o.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in given],
+                asked,
+                [d for _, d in given],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+    gradients = [next(found) if need else None for need in needs[1:2] + needs[3:]]
+    return gradients[0], None, *gradients[1:]
+
+
+def backward(
+    call: Call,
+    x: Tensor,
+    lengths: Tensor | None,
+    tensors: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    d_output: Tensor | None,
+    d_last: tuple[Tensor | None, ...],
+    needs: Sequence[bool],  # of the Function's inputs: call, x, lengths, *tensors
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, lengths and tensors: the engine's loop, then the products over all
+    steps. Each gradient has memory of its own."""
+    spec, cell = call.spec, CELLS[call.spec.cell]
+    S = cell.states
+    if not spec.stacked:
+        d_last = tuple(None if d is None else d.unsqueeze(0) for d in d_last)
+    need_d_x, need_d_weights = needs[1], needs[3 + S :]
+    found: Gradients
+    if isinstance(call.plan, Plan):
+        need_d_gates = need_d_x or any(need_d_weights)
+        found = backward_in_triton(
+            call.plan, spec, x, lengths, tensors, kept, d_output, d_last,
+            need_d_gates, any(needs[3 : 3 + S]),
+        )  # fmt: skip
+
+        def gather() -> Tensor:
+            if spec.sizes is not None:
+                return x
+            if lengths is None:
+                return x.flatten(0, 1)
+            active = active_steps(lengths, x.size(1 if spec.batch_first else 0))[:, :, None]
+            return x.masked_fill(~time_major(spec, active), 0).flatten(0, 1)
+
+        def scatter(rows: Tensor) -> Tensor:
+            return rows.view(*x.shape[:-1], rows.size(1))
+    else:
+        found, rows = backward_in_torch(spec, x, lengths, tensors, kept, d_output, d_last)
+
+        def gather() -> Tensor:
+            return x if spec.sizes is not None else rows.gather(time_major(spec, x))
+
+        def scatter(values: Tensor) -> Tensor:
+            if spec.sizes is not None:
+                return values
+            if rows.steps is None and not spec.batch_first:
+                return values.view(*x.shape[:-1], values.size(1))
+            d_x = values.new_zeros(*x.shape[:-1], values.size(1))
+            rows.scatter_(values, time_major(spec, d_x))
+            return d_x
+
+    d_x, weights = None, tensors[S:]
+    per_direction = len(weights) // spec.directions
+    if need_d_x and spec.input_product:
+        weight_ih = weights[::per_direction]
+        d_rows = found.d_x_gates[0] @ weight_ih[0]
+        for d in range(1, spec.directions):
+            d_rows.addmm_(found.d_x_gates[d], weight_ih[d])
+        d_x = scatter(d_rows)
+    elif need_d_x:
+        parts = found.d_x_gates
+        d_x = scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    d_weights: list[Tensor | None] = []
+    x_rows = gather() if spec.input_product and any(need_d_weights[::per_direction]) else None
+    for d in range(spec.directions):
+        mine = need_d_weights[d * per_direction : (d + 1) * per_direction]
+        if spec.input_product:
+            d_weights.append(found.d_x_gates[d].t() @ x_rows if mine[0] else None)
+            d_weights.append(found.d_weight_hh[d] if mine[1] else None)
+            if spec.bias:
+                d_weights.append(found.d_x_gates[d].sum(0) if mine[2] else None)
+                d_weights.append(found.d_h_gates[d].sum(0) if mine[3] else None)
+        else:
+            d_weights.append(found.d_weight_hh[d] if mine[0] else None)
+            d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]
+    d_state0: list[Tensor | None] = [None] * S
+    if any(needs[3 : 3 + S]):
+        d_state0 = [s if spec.stacked else s[0] for s in found.d_state0]
+    return d_x, None, *d_state0, *d_weights
+
+
+def run(
+    spec: Spec, backend: str, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A layer on tensors that were checked before: output and the last states."""
+    cell, S = CELLS[spec.cell], CELLS[spec.cell].states
+    hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
+    plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
+    if needs_plain_operations(spec.cell, plan, (x, *tensors)):
+        if backend == "triton":
+            raise RuntimeError(
+                'backend="triton" cannot run under vmap, forward-mode derivatives, tracing or on '
+                "tensors without data: PyTorch's own operations can (backend=\"auto\")"
+            )
+        output, *state_n = plain(spec, x, lengths, *tensors)
+        return output, tuple(state_n)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    try:
+        return _apply(Call(spec, plan, save), S, x, lengths, tensors)
+    except KernelUnavailable as error:
+        if backend == "triton":
+            raise
+        assert isinstance(plan, Plan)
+        return _apply(Call(spec, dispatch.give_up(plan, error), save), S, x, lengths, tensors)
+
+
+def _apply(
+    call: Call, states: int, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # apply as C++ has it: Python's binds the signature anew at each call, some 50 us, in which a
+    # CPU takes several steps of a small layer. torch.func has need of Python's.
+    if torch._C._are_functorch_transforms_active():
+        results = Recurrence.apply(call, x, lengths, *tensors)
+    else:
+        results = super(torch.autograd.Function, Recurrence).apply(call, x, lengths, *tensors)
+    return results[0], tuple(results[1 : 1 + states])
