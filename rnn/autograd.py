@@ -11,19 +11,18 @@ from torch.autograd import forward_ad
 
 from . import dispatch
 from .cells import CELLS
-from .in_place import IN_PLACE
-from .kernels.plan import KernelUnavailable, NoPlan, Plan
-from .layer import (
+from .engines import (
     Gradients,
-    Spec,
+    MemoryRows,
+    StepRows,
     backward_in_torch,
     backward_in_triton,
     forward_in_torch,
     forward_in_triton,
-    plain,
-    time_major,
 )
-from .rows import active_steps
+from .in_place import IN_PLACE
+from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .layer import Spec, plain
 
 
 class Call(NamedTuple):
@@ -85,9 +84,7 @@ class Recurrence(torch.autograd.Function):
                     call.plan, call.spec, x, lengths, tensors, call.save
                 )
             else:
-                output, state_n, kept = forward_in_torch(
-                    call.spec, x, lengths, tensors, call.save
-                )
+                output, state_n, kept = forward_in_torch(call.spec, x, lengths, tensors, call.save)
         return output, *state_n, *kept
 
     @staticmethod
@@ -112,7 +109,11 @@ class Recurrence(torch.autograd.Function):
             return (None,) * (3 + len(tensors))
         differentiable = torch.is_grad_enabled()  # create_graph=True: a second order is wanted
         with without_autocast(x.device):
-            if differentiable or torch._C._are_functorch_transforms_active():
+            if (
+                differentiable
+                or torch._C._are_functorch_transforms_active()
+                or any(is_batched(d) for d in d_outputs)
+            ):
                 gradients = backward_of_plain(
                     call.spec, x, lengths, tensors, ctx.needs_input_grad, d_outputs[: 1 + states]
                 )
@@ -132,24 +133,42 @@ def backward_of_plain(
     d_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, lengths and tensors, by autograd through the layer's equation."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that a tensor that goes in twice has two gradients.
-        inputs = [t.view_as(t) if need else t for t, need in zip((x, *tensors), needs[1:2] + needs[3:])]
-        outputs = plain(spec, inputs[0], lengths, *inputs[1:])
-        asked = [t for t, need in zip(inputs, needs[1:2] + needs[3:]) if need]
-        given = [(o, d) for o, d in zip(outputs, d_outputs) if d is not None and o.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in given],
-                asked,
-                [d for _, d in given],
-                create_graph=create_graph,
-                allow_unused=True,
+    inputs = (x, *tensors)
+    asked = [k for k, need in enumerate((needs[1], *needs[3:])) if need]
+    given = [k for k, d in enumerate(d_outputs) if d is not None]
+
+    def layer(*differentiated: Tensor) -> tuple[Tensor, ...]:
+        each = list(inputs)
+        for k, t in zip(asked, differentiated):
+            each[k] = t
+        outputs = plain(spec, each[0], lengths, *each[1:])
+        return tuple(outputs[k] for k in given)
+
+    at = [inputs[k] for k in asked]
+    d_given = tuple(d_outputs[k] for k in given)
+    if torch._C._are_functorch_transforms_active():
+        _, vjp = torch.func.vjp(layer, *at)
+        found = vjp(d_given)
+    else:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that a tensor that goes in twice has two gradients.
+            at = [t.view_as(t) for t in at]
+            found = torch.autograd.grad(
+                layer(*at), at, d_given, create_graph=create_graph, allow_unused=True
             )
-        )
-    gradients = [next(found) if need else None for need in needs[1:2] + needs[3:]]
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for k, gradient in zip(asked, found):
+        gradients[k] = gradient
     return gradients[0], None, *gradients[1:]
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """Whether x stands for many, under vmap or torch.autograd.grad's is_grads_batched."""
+    if x is None:
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def backward(
@@ -170,38 +189,24 @@ def backward(
         d_last = tuple(None if d is None else d.unsqueeze(0) for d in d_last)
     need_d_x, need_d_weights = needs[1], needs[3 + S :]
     found: Gradients
+    rows: StepRows | MemoryRows
     if isinstance(call.plan, Plan):
-        need_d_gates = need_d_x or any(need_d_weights)
+        need_d_gates, need_d_state0 = need_d_x or any(need_d_weights), any(needs[3 : 3 + S])
         found = backward_in_triton(
-            call.plan, spec, x, lengths, tensors, kept, d_output, d_last,
-            need_d_gates, any(needs[3 : 3 + S]),
-        )  # fmt: skip
-
-        def gather() -> Tensor:
-            if spec.sizes is not None:
-                return x
-            if lengths is None:
-                return x.flatten(0, 1)
-            active = active_steps(lengths, x.size(1 if spec.batch_first else 0))[:, :, None]
-            return x.masked_fill(~time_major(spec, active), 0).flatten(0, 1)
-
-        def scatter(rows: Tensor) -> Tensor:
-            return rows.view(*x.shape[:-1], rows.size(1))
+            call.plan,
+            spec,
+            x,
+            lengths,
+            tensors,
+            kept,
+            d_output,
+            d_last,
+            need_d_gates,
+            need_d_state0,
+        )
+        rows = MemoryRows(spec, lengths)
     else:
         found, rows = backward_in_torch(spec, x, lengths, tensors, kept, d_output, d_last)
-
-        def gather() -> Tensor:
-            return x if spec.sizes is not None else rows.gather(time_major(spec, x))
-
-        def scatter(values: Tensor) -> Tensor:
-            if spec.sizes is not None:
-                return values
-            if rows.steps is None and not spec.batch_first:
-                return values.view(*x.shape[:-1], values.size(1))
-            d_x = values.new_zeros(*x.shape[:-1], values.size(1))
-            rows.scatter_(values, time_major(spec, d_x))
-            return d_x
-
     d_x, weights = None, tensors[S:]
     per_direction = len(weights) // spec.directions
     if need_d_x and spec.input_product:
@@ -209,12 +214,12 @@ def backward(
         d_rows = found.d_x_gates[0] @ weight_ih[0]
         for d in range(1, spec.directions):
             d_rows.addmm_(found.d_x_gates[d], weight_ih[d])
-        d_x = scatter(d_rows)
+        d_x = rows.scatter(d_rows, x)
     elif need_d_x:
         parts = found.d_x_gates
-        d_x = scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        d_x = rows.scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1), x)
     d_weights: list[Tensor | None] = []
-    x_rows = gather() if spec.input_product and any(need_d_weights[::per_direction]) else None
+    x_rows = rows.gather(x) if spec.input_product and any(need_d_weights) else x
     for d in range(spec.directions):
         mine = need_d_weights[d * per_direction : (d + 1) * per_direction]
         if spec.input_product:
@@ -243,7 +248,7 @@ def run(
         if backend == "triton":
             raise RuntimeError(
                 'backend="triton" cannot run under vmap, forward-mode derivatives, tracing or on '
-                "tensors without data: PyTorch's own operations can (backend=\"auto\")"
+                'tensors without data: PyTorch\'s own operations can (backend="auto")'
             )
         output, *state_n = plain(spec, x, lengths, *tensors)
         return output, tuple(state_n)

@@ -77,6 +77,7 @@ def relu_step_vjp_(
 def gru_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
     r_z, n, r, z = gates
     (h,) = new
+    assert inner is not None
     torch.sigmoid_(r_z)
     n.addcmul_(r, inner).tanh_()
     torch.sub(prev[0], n, out=h)
@@ -137,12 +138,8 @@ def lstm_step_vjp_(
 
 ELMAN = ((0, 1),)
 IN_PLACE = {
-    "rnn_tanh": InPlace(
-        ELMAN, tanh_step_, tanh_slopes, ELMAN, tanh_step_vjp_, own_states=False
-    ),
-    "rnn_relu": InPlace(
-        ELMAN, relu_step_, relu_slopes, ELMAN, relu_step_vjp_, own_states=False
-    ),
+    "rnn_tanh": InPlace(ELMAN, tanh_step_, tanh_slopes, ELMAN, tanh_step_vjp_, own_states=False),
+    "rnn_relu": InPlace(ELMAN, relu_step_, relu_slopes, ELMAN, relu_step_vjp_, own_states=False),
     "gru": InPlace(
         ((0, 2), (2, 3), (0, 1), (1, 2)),
         gru_step_,

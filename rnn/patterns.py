@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from .functional import check_lengths
 from .generation import Generated, State, generate
-from .modules import MODULES, Recurrent
+from .modules import MODULES
+from .recurrent import Recurrent
 
 IGNORED = -100  # a label that is none: the loss leaves it out
 

@@ -75,7 +75,7 @@ def previous(rows: Tensor, first: Tensor, sizes: Sequence[int], backwards: bool)
     if sizes[0] == sizes[-1]:
         B = sizes[0]
         return torch.cat((rows[B:], first[:B]) if backwards else (first[:B], rows[:-B]))
-    steps = rows.split(list(sizes))
+    steps = rows.split_with_sizes(sizes)
     if not backwards:
         before = [step[:n] for step, n in zip(steps, sizes[1:])]
         return torch.cat([first[: sizes[0]], *before])
@@ -107,12 +107,12 @@ def forward(
     inner_steps: Sequence[Tensor | None] = [None] * len(sizes)
     if cell.inner_bias:
         inner = torch.cat(params).expand(len(x_gates), -1).contiguous()
-        inner_steps = inner.split(list(sizes))
+        inner_steps = inner.split_with_sizes(sizes)
         inner_product = recurrent_product(weight_hh[summed * H :], B)
     product = recurrent_product(weight_hh[: summed * H], B)
-    x_steps = x_gates[:, : summed * H].split(list(sizes))
-    views = [view(gates, r).split(list(sizes)) for r in form.step_ranges]
-    new_states = [s.split(list(sizes)) for s in states]
+    x_steps = x_gates[:, : summed * H].split_with_sizes(sizes)
+    views = [view(gates, r).split_with_sizes(sizes) for r in form.step_ranges]
+    new_states = [s.split_with_sizes(sizes) for s in states]
     last = [s.clone() for s in state0]
     prev, rows = list(state0), 0 if backwards else B
     for t in order(len(sizes), backwards):
@@ -178,7 +178,7 @@ def backward(
         for d in d_last
     ]
     product = recurrent_product(weight_hh.t(), batch)
-    d_h_steps = d_h.split(list(sizes))
+    d_h_steps = d_h.split_with_sizes(sizes)
     begun = batch if backwards else 0
     if backwards and sizes:
         d_h_steps[0].add_(d_state0[0][: sizes[0]])
@@ -193,10 +193,10 @@ def backward(
         )
         first = min(steps[0], steps[-1])
         these = list(sizes[first : first + len(steps)])
-        d = [view(d_gates[chunk], r).split(these) for r in form.d_ranges]
-        d_x = [view(d_x_gates[chunk], r).split(these) for r in form.d_x_ranges]
-        factors = [x.split(these) for x in coefficients]
-        all_gates = d_gates[chunk].flatten(1).split(these)
+        d = [view(d_gates[chunk], r).split_with_sizes(these) for r in form.d_ranges]
+        d_x = [view(d_x_gates[chunk], r).split_with_sizes(these) for r in form.d_x_ranges]
+        factors = [x.split_with_sizes(these) for x in coefficients]
+        all_gates = d_gates[chunk].flatten(1).split_with_sizes(these)
         for t in steps:
             n, k = sizes[t], t - first
             if not backwards and n > begun:  # rows that end here
