@@ -219,3 +219,19 @@ def plan_slices(
         clocks=clocks,
         limits=limits,
     )
+
+
+class Layer(NamedTuple):
+    gates: int
+    states: int
+    stored: int
+    params: int
+    hidden_size: int
+    batch: int
+    directions: int
+    dtype: torch.dtype
+    tf32: bool
+
+
+class KernelUnavailable(RuntimeError):
+    """stub"""
