@@ -31,6 +31,7 @@ class Call(NamedTuple):
     spec: Spec
     plan: Plan | NoPlan
     save: bool  # a backward pass may follow
+    strict: bool = False  # backend="triton": raise where a kernel turns out not to compile
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -107,21 +108,24 @@ class Recurrence(torch.autograd.Function):
         d_output, d_last = d_outputs[0], d_outputs[1 : 1 + states]
         if all(d is None for d in (d_output, *d_last)):
             return (None,) * (3 + len(tensors))
-        differentiable = torch.is_grad_enabled()  # create_graph=True: a second order is wanted
+        every_operation_is_seen = (
+            torch.is_grad_enabled()  # create_graph=True: a second order is wanted
+            or torch._C._are_functorch_transforms_active()
+            or any(is_batched(d) for d in d_outputs)
+        )
+        needs = ctx.needs_input_grad
         with without_autocast(x.device):
-            if (
-                differentiable
-                or torch._C._are_functorch_transforms_active()
-                or any(is_batched(d) for d in d_outputs)
-            ):
-                gradients = backward_of_plain(
-                    call.spec, x, lengths, tensors, ctx.needs_input_grad, d_outputs[: 1 + states]
-                )
-            else:
-                gradients = backward(
-                    call, x, lengths, tensors, kept, d_output, d_last, ctx.needs_input_grad
-                )
-        return None, *gradients
+            if not every_operation_is_seen:
+                try:
+                    return None, *backward(call, x, lengths, tensors, kept, d_output, d_last, needs)
+                except KernelUnavailable as error:
+                    if call.strict:
+                        raise
+                    assert isinstance(call.plan, Plan)
+                    dispatch.give_up(call.plan, error)
+            return None, *backward_of_plain(
+                call.spec, x, lengths, tensors, needs, d_outputs[: 1 + states]
+            )
 
 
 def backward_of_plain(
@@ -253,13 +257,15 @@ def run(
         output, *state_n = plain(spec, x, lengths, *tensors)
         return output, tuple(state_n)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    call = Call(spec, plan, save, strict=backend == "triton")
     try:
-        return _apply(Call(spec, plan, save), S, x, lengths, tensors)
+        return _apply(call, S, x, lengths, tensors)
     except KernelUnavailable as error:
-        if backend == "triton":
+        if call.strict:
             raise
         assert isinstance(plan, Plan)
-        return _apply(Call(spec, dispatch.give_up(plan, error), save), S, x, lengths, tensors)
+        call = call._replace(plan=dispatch.give_up(plan, error))
+        return _apply(call, S, x, lengths, tensors)
 
 
 def _apply(
