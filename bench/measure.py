@@ -53,7 +53,7 @@ def measure(
     problem = make_problem(case, device)
     rows = {name: Row(str(case), name) for name in providers}
     with precision(case.dtype):
-        models = right_models(case, problem, rows, device)
+        models = right_models(case, problem, rows)
         time_in_turns(models, problem, rows, seconds)
     return list(rows.values())
 
@@ -129,19 +129,15 @@ def error_of(got: Tensor, exact: Tensor, norm: float) -> float:
     return float(off / size.clamp_min(torch.finfo(exact.dtype).tiny))
 
 
-def right_models(
-    case: Case, p: Problem, rows: dict[str, Row], device: torch.device
-) -> dict[str, Model]:
+def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Model]:
     """The models that may be timed; the rows of the others say why they may not.
 
     The exact values are those of torch.nn in float64 on the CPU, from the same numbers. Allowed is
     twice the error of torch.nn in the dtype of the case, which is run for that even if nobody
     asked for it, plus a floor.
     """
-    cpu = torch.device("cpu")
-    doubles = p.to(cpu, torch.float64)
-    oracle = build_torch_nn(case._replace(dtype="float64"), doubles.weights, cpu)
-    exact = results_and_gradients(oracle, doubles)
+    doubles = p.to(torch.device("cpu"), torch.float64)
+    exact = results_and_gradients(build_torch_nn(case, doubles.weights), doubles)
     names = ["output", *["h_n", "c_n"][: len(p.d_results) - 1], "d_x"]
     names += [f"d_{name}" for name in p.weights]
     # The largest error, but at relu's kink rounding decides between a gradient and none.
@@ -151,7 +147,7 @@ def right_models(
     for provider in sorted({"torch.nn", *rows}, key=lambda name: name != "torch.nn"):
         row = rows.get(provider, Row(str(case), provider))
         with reported(row):
-            model = PROVIDERS[provider].build(case, p.weights, device)
+            model = PROVIDERS[provider].build(case, p.weights)
             row.ran = model.ran
             got = results_and_gradients(model, p)
             errors = [error_of(*pair, norm) for pair in zip(got, exact, strict=True)]

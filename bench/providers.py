@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import rnn
 from rnn.modules import MODULES
 
-from .cases import DTYPES, TWINS, Case
+from .cases import TWINS, Case
 
 Weights = dict[str, Tensor]  # a state_dict of torch.nn
 Results = tuple[Tensor, ...]  # output (T, B, D * H), then each last state (L * D, B, H)
@@ -38,20 +38,19 @@ class CannotError(Exception):
 
 class Provider(NamedTuple):
     about: str
-    build: Callable[[Case, Weights, torch.device], Model]  # raises CannotError
+    build: Callable[[Case, Weights], Model]  # raises CannotError
 
 
-def construct(
-    network: Callable[..., Any], case: Case, weights: Weights, device: torch.device, **options: Any
-) -> Any:
-    """A network of torch.nn or of ours, with those weights."""
+def construct(network: Callable[..., Any], case: Case, weights: Weights, **options: Any) -> Any:
+    """A network of torch.nn or of ours, with those weights, where they lie and in their dtype."""
+    like = weights["weight_ih_l0"]
     module = network(
         case.I,
         case.H,
         num_layers=case.layers,
         bidirectional=case.bidirectional,
-        device=device,
-        dtype=DTYPES[case.dtype].torch,
+        device=like.device,
+        dtype=like.dtype,
         **options,
     )
     module.load_state_dict(weights)
@@ -62,20 +61,20 @@ def flat(output: Tensor, states: Tensor | tuple[Tensor, ...]) -> Results:
     return (output, *states) if isinstance(states, tuple) else (output, states)
 
 
-def build_ours(backend: str) -> Callable[[Case, Weights, torch.device], Model]:
-    def build(case: Case, weights: Weights, device: torch.device) -> Model:
-        module = construct(MODULES[case.cell], case, weights, device, backend=backend)
+def build_ours(backend: str) -> Callable[[Case, Weights], Model]:
+    def build(case: Case, weights: Weights) -> Model:
+        module = construct(MODULES[case.cell], case, weights, backend=backend)
+        x = weights["weight_ih_l0"].new_empty(case.T, case.B, case.I)
         lengths = case.lengths()
-        lengths = None if lengths is None else lengths.to(device)
-        x = torch.empty(case.T, case.B, case.I, device=device, dtype=DTYPES[case.dtype].torch)
+        lengths = None if lengths is None else lengths.to(x.device)
         ran = rnn.explain(module, x).splitlines()[0].removeprefix("layer 0: ")
         return Model(lambda x: flat(*module(x, lengths=lengths)), list(module.parameters()), ran)
 
     return build
 
 
-def build_torch_nn(case: Case, weights: Weights, device: torch.device) -> Model:
-    module = construct(TWINS[case.cell].network, case, weights, device)
+def build_torch_nn(case: Case, weights: Weights) -> Model:
+    module = construct(TWINS[case.cell].network, case, weights)
     lengths = case.lengths()  # pack_padded_sequence wants them on the CPU
 
     def forward(x: Tensor) -> Results:
@@ -92,12 +91,12 @@ def one_layer(case: Case) -> None:
         raise CannotError("it is one layer, in one direction, of rows of equal length")
 
 
-def build_eager(case: Case, weights: Weights, device: torch.device) -> Model:
+def build_eager(case: Case, weights: Weights) -> Model:
     """The loop that one writes by hand over torch.nn's single steps."""
     one_layer(case)
-    step: Any = TWINS[case.cell].step(case.I, case.H)
+    like = weights["weight_ih_l0"]
+    step: Any = TWINS[case.cell].step(case.I, case.H, device=like.device, dtype=like.dtype)
     step.load_state_dict({name.removesuffix("_l0"): w for name, w in weights.items()})
-    step.to(device, DTYPES[case.dtype].torch)
 
     def forward(x: Tensor) -> Results:
         state, hidden = None, []
@@ -113,7 +112,7 @@ def build_eager(case: Case, weights: Weights, device: torch.device) -> Model:
 FLASHRNN = {"rnn_tanh": "elman", "gru": "gru", "lstm": "lstm"}
 
 
-def build_flashrnn(case: Case, weights: Weights, device: torch.device) -> Model:
+def build_flashrnn(case: Case, weights: Weights) -> Model:
     """NX-AI/flashrnn 1.0 with one head. It takes W_ih x (B, T, gates, heads, H), W_hh and one bias
     for each gate; its GRU has the gates n, r, z in W_hh and four biases: b_hn, r, z, b_in."""
     if importlib.util.find_spec("flashrnn") is None:
@@ -137,8 +136,8 @@ def build_flashrnn(case: Case, weights: Weights, device: torch.device) -> Model:
             w_hh.view(-1, 1, case.H, case.H),
             bias.view(-1, 1, case.H),
             function=FLASHRNN[case.cell],
-            backend="cuda_fused" if device.type == "cuda" else "vanilla",
-            dtype=str(DTYPES[case.dtype].torch).removeprefix("torch."),
+            backend="cuda_fused" if x.is_cuda else "vanilla",
+            dtype=str(x.dtype).removeprefix("torch."),
         )  # (states, B, T, heads, H) and the same of the last step
         return (states[0, :, :, 0].transpose(0, 1), *last[:, :, 0, 0].unsqueeze(1))
 

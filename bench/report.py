@@ -1,6 +1,5 @@
 """What is read of the results: lines of text, the page with its picture, and a README's summary."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -158,22 +157,24 @@ def write_page(results: Results, out: Path) -> None:
 
 
 def draw(results: Results) -> Figure:
-    """The ratios of ours to torch.nn: a panel for each cell, a line for each case."""
-    by_cell = {cell: [c for c in results.cases() if c.cell == cell][::-1] for cell in CELLS}
-    height = 1.5 + 0.22 * max(len(cases) for cases in by_cell.values())
-    figure = Figure(figsize=(6 * len(CELLS), height), layout="constrained")
-    panels = figure.subplots(1, len(CELLS), squeeze=False).flat
-    for axes, (cell, cases) in zip(panels, by_cell.items()):
+    """The ratios of ours to torch.nn: a panel for each cell, a line for each shape."""
+    shapes = list(dict.fromkeys(str(case).partition("-")[2] for case in results.cases()))[::-1]
+    figure = Figure(figsize=(3 + 3 * len(CELLS), 1.5 + 0.22 * len(shapes)), layout="constrained")
+    panels = figure.subplots(1, len(CELLS), sharex=True, sharey=True, squeeze=False).flat
+    for axes, cell in zip(panels, CELLS):
         for name, colour in zip(FIGURES, ("C0", "C1", "C3")):
             for provider, marker in zip(OURS, "ox"):
-                x = [results.ratio(case, provider, name) or math.nan for case in cases]
-                if any(ratio > 0 for ratio in x):
+                x = [results.ratio(f"{cell}-{shape}", provider, name) for shape in shapes]
+                points = [(ratio, y) for y, ratio in enumerate(x) if ratio]
+                if points:
                     label = f"{name}, {provider}"
-                    axes.plot(x, range(len(x)), marker, color=colour, label=label, markersize=4)
-        axes.set_yticks(range(len(cases)), [str(c).removeprefix(f"{cell}-") for c in cases])
+                    axes.plot(*zip(*points), marker, color=colour, label=label, markersize=4)
+        axes.set_yticks(range(len(shapes)), shapes)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(title=cell, xlabel="time of torch.nn / ours")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure

@@ -17,7 +17,7 @@ import torch
 import rnn
 
 from .cases import Case
-from .measure import MEASURED, Row, Time
+from .measure import FIGURES, MEASURED, Row, Time
 
 FORMAT = "fused-rnn bench 1"
 JSON = "results.json"
@@ -72,7 +72,7 @@ def commit() -> str:
 
     try:
         changed = git("status", "--porcelain", "-uno", "rnn", "kernels", "bench/*.py")
-        return git("rev-parse", "--short=12", "HEAD").strip() + (" and changes" if changed else "")
+        return git("rev-parse", "--short=12", "HEAD").strip() + " and changes" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "not known"
 
@@ -114,11 +114,13 @@ class Results:
             for row in results.rows.values():
                 Case.parse(row.case)
                 row.times = {name: Time(*map(float, time)) for name, time in row.times.items()}
+                whole = row.times.keys() == set(FIGURES) and isinstance(row.error, float)
+                if row.status == MEASURED and not whole:
+                    raise ValueError(f"{row.case} {row.provider} lacks times or its error")
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise BenchError(f"{path} is not a file of results: {what}") from error
+            raise BenchError(f"{path} is not a file of results: {error}") from error
         return results
 
     def write(self, out: Path) -> None:
@@ -134,7 +136,7 @@ class Results:
     def cases(self) -> list[Case]:
         return [Case.parse(name) for name in dict.fromkeys(case for case, _ in self.rows)]
 
-    def ratio(self, case: Case, provider: str, figure: str) -> float | None:
+    def ratio(self, case: Case | str, provider: str, figure: str) -> float | None:
         """The time of torch.nn / the time of the provider, where both were measured."""
         ours, torch_nn = (self.of(case, name).times for name in (provider, "torch.nn"))
         return torch_nn[figure].median / ours[figure].median if ours and torch_nn else None
