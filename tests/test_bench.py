@@ -60,7 +60,7 @@ def test_who_is_right_is_timed(cell, kind, dtype):
         assert (row.status, row.reason) == (MEASURED, "") and row.error <= 10 * DTYPES[dtype].floor
         assert set(row.times) == set(FIGURES)
         assert all(0 < time.low <= time.median <= time.high for time in row.times.values())
-    assert rows["auto"].ran.startswith("torch: ")
+    assert rows["auto"].ran
     assert rows["flashrnn"].status in (MEASURED, CANNOT)  # installed or not
 
 
