@@ -151,7 +151,11 @@ PROVIDERS = {
         build_ours("torch"),
     ),
     "torch.nn": Provider("cuDNN on a GPU, PyTorch's C++ on a CPU", build_torch_nn),
-    "eager": Provider("a Python loop over torch.nn's single steps", build_eager),
+    "eager": Provider(
+        "a Python loop over torch.nn's single steps; in 16 bits it sums the weights' gradients in 16 "
+        "bits, step by step, and the check may call it wrong",
+        build_eager,
+    ),
     "flashrnn": Provider(
         "NX-AI/flashrnn where it is installed; on a CPU its loop in PyTorch", build_flashrnn
     ),

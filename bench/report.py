@@ -74,7 +74,7 @@ def in_short(results: Results) -> str:
             line = [cell, provider]
             for figure in FIGURES:
                 ratios = [x for c in cases if (x := results.ratio(c, provider, figure))]
-                slower = f"{sum(x < 1 for x in ratios)} of {len(ratios)}"
+                slower = f"{sum(round(x, 2) < 1 for x in ratios)} of {len(ratios)}"
                 if ratios:
                     line.append(f"{min(ratios):.2f}, {geometric_mean(ratios):.2f}, {slower}")
             if len(line) > 2:
@@ -89,7 +89,7 @@ def slower_than_torch(results: Results) -> list[str]:
         for case in results.cases()
         for provider in OURS
         for figure in FIGURES
-        if (x := results.ratio(case, provider, figure)) and x < 1
+        if (x := results.ratio(case, provider, figure)) and round(x, 2) < 1
     )
 
 

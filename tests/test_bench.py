@@ -80,6 +80,16 @@ def crash_at(call):
     return crash
 
 
+def spoiled(spoil):
+    build_right = PROVIDERS["auto"].build
+
+    def build(case, weights):
+        model = build_right(case, weights)
+        return Model(lambda x: spoil(*model.forward(x), x), model.parameters)
+
+    return PROVIDERS["auto"]._replace(build=build)
+
+
 @pytest.mark.parametrize(
     "spoil, status, reason",
     [
@@ -91,16 +101,20 @@ def crash_at(call):
     ],
 )
 def test_who_is_wrong_or_crashes_has_no_times_and_stops_nobody(spoil, status, reason, monkeypatch):
-    def build(case, weights):
-        model = PROVIDERS["auto"].build(case, weights)
-        return Model(lambda x: spoil(*model.forward(x), x), model.parameters)
-
-    monkeypatch.setitem(PROVIDERS, "eager", PROVIDERS["eager"]._replace(build=build))
+    monkeypatch.setitem(PROVIDERS, "eager", spoiled(spoil))
     # In bfloat16, since there one wrong number among many is lost in the mean of all errors.
     rows = measured(Case("rnn_tanh", 64, 16, 16, 16, dtype="bfloat16"))
     assert (rows["eager"].status, rows["eager"].times) == (status, {})
     assert rows["eager"].reason.startswith(reason)
     assert rows["auto"].status == rows["torch.nn"].status == MEASURED
+
+
+@pytest.mark.parametrize("provider, status", [("auto", 1), ("eager", 0)])
+def test_the_exit_status_is_that_of_ours(provider, status, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PROVIDERS, provider, spoiled(lambda output, h_n, x: (2 * output, h_n)))
+    assert bench("--cases", A) == status
+    assert f"{A} {provider}: wrong: output is off by" in capsys.readouterr().err
 
 
 def test_a_run_from_end_to_end_and_what_it_keeps(monkeypatch, tmp_path, capsys):
