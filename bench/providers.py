@@ -152,8 +152,8 @@ PROVIDERS = {
     ),
     "torch.nn": Provider("cuDNN on a GPU, PyTorch's C++ on a CPU", build_torch_nn),
     "eager": Provider(
-        "a Python loop over torch.nn's single steps; in 16 bits it sums the weights' gradients in 16 "
-        "bits, step by step, and the check may call it wrong",
+        "a Python loop over torch.nn's single steps; in 16 bits it sums the weights' gradients in "
+        "16 bits, step by step, and the check may call it wrong",
         build_eager,
     ),
     "flashrnn": Provider(
