@@ -198,6 +198,7 @@ def time_in_turns(
     """Fill the rows. Each round begins with another provider; the first is a warm-up."""
     x = p.x.detach().requires_grad_()
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    end = math.inf
     for i in range(1 + MAX_ROUNDS):
         if i == 1:
             end = time.perf_counter() + seconds
