@@ -82,7 +82,7 @@ def test_packed_weights_give_the_same(cell, nan_filled):
 
 def test_every_cell_has_its_tiles_and_its_form_in_place():
     from rnn.in_place import IN_PLACE
-    from rnn.kernels.cells import TILES
+    from rnn.kernels.cells import CELLS as TILES
 
     assert CELLS.keys() == IN_PLACE.keys() == TILES.keys()
 
