@@ -151,8 +151,7 @@ def backward_of_plain(
     at = [inputs[k] for k in asked]
     d_given = tuple(d_outputs[k] for k in given)
     if torch._C._are_functorch_transforms_active():
-        _, vjp = torch.func.vjp(layer, *at)
-        found = vjp(d_given)
+        found = torch.func.vjp(layer, *at)[1](d_given)
     else:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():

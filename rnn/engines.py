@@ -272,7 +272,7 @@ def backward_in_triton(
         plan, cell, inputs, steps, stored, d_output, d_last, need_d_gates, need_d_state0, False
     )
     result = Gradients([], [], d_state0 or (), [], [])
-    if not need_d_gates:
+    if d_x_gates is None or d_h_gates is None:
         return result
     width = cell.gates * H
     for d in range(D):

@@ -156,6 +156,7 @@ class Recurrent(torch.nn.RNNBase):
             )
         p = self._prepare(input, hx, lengths)
         in_pytorch = self.why_pytorchs_operator(p)
+        output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
         if in_pytorch and self.mode == "LSTM" and output.requires_grad:
             # oneDNN keeps its output for the backward pass: the caller may change this one.

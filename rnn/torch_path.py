@@ -187,7 +187,9 @@ def backward(
     for steps, begin, stop in chunks(sizes, H, downwards=not backwards):
         chunk = slice(begin, stop)
         coefficients = form.slopes(
-            *([x[chunk] for x in tensors] for tensors in (states, prev, saved)),
+            [x[chunk] for x in states],
+            [x[chunk] for x in prev],
+            [x[chunk] for x in saved],
             list(d_gates[chunk].unbind(1)),
             list(d_x_gates[chunk].unbind(1)),
         )
