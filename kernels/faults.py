@@ -75,7 +75,6 @@ def _raise_reported(device: torch.device) -> None:
     words = _words.get(device)
     if words is None or torch.equal(words, _raised[device]):
         return
-    words = words.clone()  # as they are now: kernels go on writing
     news = words[words != _raised[device]].tolist()
     thread = threading.get_ident()
     launches = {number: _launches.get(number) for number in news}

@@ -19,16 +19,21 @@ CPU = torch.device("cpu")
 PLAN = plan(1, 512, 16, 1, torch.bfloat16, True, CHIPS["sm_90"].limits())
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """No launch before; threads change as often as they can."""
-    monkeypatch.setattr(faults, "_count", 0)
+def forget():
     for table in (faults._words, faults._raised, faults._launches):
         table.clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No launch before, and none left behind; threads change as often as they can."""
+    monkeypatch.setattr(faults, "_count", 0)
+    forget()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
+    forget()
 
 
 def launch(pass_name="forward pass", T=3, device=CPU):
