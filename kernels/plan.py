@@ -199,7 +199,6 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
         rows > 16 and (crowded or itemsize == 4 or H > 512),
         rows > 8 and crowded and mma and unit != "mfma",
-        sliced and block_s < 32 and gates == 1,  # most warps would have no rows of their own
         sliced and crowded and block_s > 32,
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
         # tcgen05's epilogue leaves no registers for so many single accesses.

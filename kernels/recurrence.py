@@ -101,12 +101,12 @@ def forward_kernel(
     mask = (units < H) & (rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     x_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
-    x_gates_steps = (x_gates_ptr, x_gates_stride_t * UNIT, x_gates_offsets)
+    x_gates_steps = (x_gates_ptr, x_gates_stride_t.to(tl.int64) * UNIT, x_gates_offsets)
     output_offsets = direction * H + rows * output_stride_b * UNIT + units
-    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    output_steps = (output_ptr, output_stride_t.to(tl.int64) * UNIT, output_offsets)
     if stored_ptr is not None:
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
-        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
+        stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
     state_rows = (direction * B + rows) * H
     lengths = None
     if lengths_ptr is not None:
@@ -257,14 +257,14 @@ def backward_kernel(
     mask = (units < H) & (rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     output_offsets = direction * H + rows * output_stride_b * UNIT + units
-    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    output_steps = (output_ptr, output_stride_t.to(tl.int64) * UNIT, output_offsets)
     stored_steps = output_steps
     if stored_ptr is not None:
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
-        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
+        stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
     if d_output_ptr is not None:
         d_output_offsets = direction * H + rows * d_output_stride_b * UNIT + units
-        d_output_steps = (d_output_ptr, d_output_stride_t * UNIT, d_output_offsets)
+        d_output_steps = (d_output_ptr, d_output_stride_t.to(tl.int64) * UNIT, d_output_offsets)
     d_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
     state_rows = (direction * B + rows) * H
     lengths = None
@@ -365,7 +365,7 @@ def backward_kernel(
             d_params_step = zero_where_not(active, d_params_step)
             if offsets_ptr is not None:
                 written = mask & active
-        d_gates_at = place * (x_gates_stride_t * UNIT) + d_gates_offsets
+        d_gates_at = place * (x_gates_stride_t.to(tl.int64) * UNIT) + d_gates_offsets
         if d_x_gates_ptr is not None:
             store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)
         if d_h_gates_ptr is not None:

@@ -1,6 +1,8 @@
 """The kernels alone, through their launchers: every cell, any shape, any place in memory."""
 
 import dataclasses
+import mmap
+import tempfile
 
 import pytest
 import torch
@@ -450,23 +452,21 @@ def test_relative_accuracy_at_every_magnitude(name):
 # Places far away
 
 
-def test_offsets_are_64_bits_wide(monkeypatch):
-    """Strides beyond 2^31 between steps and between rows, in a tensor of which most is nowhere."""
-    if DEVICE == "cpu":
-        wide = 2**28 + 16  # elements; of bytes there are more than 2^32 between rows 0 and 4
-        far = torch.empty(0, dtype=torch.float16).untyped_storage()
-        assert far.nbytes() == 0
-        import mmap
-
-        room = mmap.mmap(-1, 2 * (wide * 18 + 64), flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE)
-        memory = torch.frombuffer(room, dtype=torch.float16)
-        case = Case("rnn_tanh", T=2, B=9, H=16)
-        p = problem(case).to(torch.float16)
+def test_offsets_are_64_bits_wide():
+    """More than 2^31 elements from step to step, or row to row, of a tensor mostly nowhere."""
+    if DEVICE == "cuda":
+        pytest.skip("needs memory that is not there until it is written")
+    case = Case("rnn_tanh", T=2, B=9, H=16)
+    p = problem(case).to(torch.float16)
+    want = run_forward(case, p)
+    wide = 2**28 + 16  # elements: eight of them are beyond 2^31
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * (wide * 18 + 64))
+        memory = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.float16)
         for strides in ((wide, wide * 2, 1), (wide * 9, wide, 1)):
             x_gates = memory.as_strided((2, 9, 16), strides)
             x_gates.copy_(p.x_gates)
-            want, got = run_forward(case, p), run_forward(case, p._replace(x_gates=x_gates))
-            assert torch.equal(want, got)
+            assert torch.equal(run_forward(case, p._replace(x_gates=x_gates)), want)
 
 
 def run_forward(case: Case, p: Problem) -> torch.Tensor:
