@@ -26,6 +26,10 @@ parts, and reports the number of its launch; NaN then runs through everything th
 import triton
 import triton.language as tl
 
+from .faults import WORDS
+
+FAULT_WORDS = tl.constexpr(WORDS)
+
 
 @triton.jit
 def wait_for_slices(flag_ptr, patience, SLICES: tl.constexpr):
@@ -59,7 +63,7 @@ def gather(
 def report(alive, tiles, fault_ptr, launch):
     """The tiles, or NaN and a word to the host where a wait was given up."""
     if not alive:
-        tl.atomic_max(fault_ptr, launch, sem="relaxed", scope="sys")
+        tl.atomic_max(fault_ptr + launch % FAULT_WORDS, launch, sem="relaxed", scope="sys")
     reported = ()
     for i in tl.static_range(len(tiles)):
         reported += (tl.where(alive, tiles[i], float("nan")).to(tiles[i].dtype),)

@@ -62,7 +62,7 @@ def forward_kernel(
     state_n_ptrs,  # S tensors (D, B, H), contiguous
     exchange_ptr,  # (2, D, B, H), or None where SLICES is 1, as the two after it
     flags_ptr,  # (D, all tiles of the batch, T) int32, zero
-    fault_ptr,  # one int32 on the host
+    fault_ptr,  # (WORDS,) int32 on the host, see faults.py
     T,
     B,
     first_tile,  # of the batch tiles of this launch
@@ -216,7 +216,7 @@ def backward_kernel(
     d_params_ptr,  # (params, all tiles of the batch, D, H) float32, contiguous, or None
     exchange_ptr,  # (2, D, B, GATES * H), or None where SLICES is 1, as the two after it
     flags_ptr,  # (D, all tiles of the batch, T) int32, zero
-    fault_ptr,  # one int32 on the host
+    fault_ptr,  # (WORDS,) int32 on the host, see faults.py
     T,
     B,
     first_tile,  # of the batch tiles of this launch

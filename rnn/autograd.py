@@ -210,6 +210,9 @@ def backward(
         rows = MemoryRows(spec, lengths)
     else:
         found, rows = backward_in_torch(spec, x, lengths, tensors, kept, d_output, d_last)
+    d_state0: list[Tensor | None] = [None] * S
+    if any(needs[3 : 3 + S]):
+        d_state0 = [s if spec.stacked else s[0] for s in found.d_state0]
     d_x, weights = None, tensors[S:]
     per_direction = len(weights) // spec.directions
     if need_d_x and spec.input_product:
@@ -221,8 +224,10 @@ def backward(
     elif need_d_x:
         parts = found.d_x_gates
         d_x = rows.scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1), x)
+    if not any(need_d_weights):
+        return d_x, None, *d_state0, *(None for _ in weights)
     d_weights: list[Tensor | None] = []
-    x_rows = rows.gather(x) if spec.input_product and any(need_d_weights) else x
+    x_rows = rows.gather(x) if spec.input_product else x
     for d in range(spec.directions):
         mine = need_d_weights[d * per_direction : (d + 1) * per_direction]
         if spec.input_product:
@@ -234,9 +239,6 @@ def backward(
         else:
             d_weights.append(found.d_weight_hh[d] if mine[0] else None)
             d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]
-    d_state0: list[Tensor | None] = [None] * S
-    if any(needs[3 : 3 + S]):
-        d_state0 = [s if spec.stacked else s[0] for s in found.d_state0]
     return d_x, None, *d_state0, *d_weights
 
 

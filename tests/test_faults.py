@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.plan import plan
+from rnn.kernels.plan import Layer, plan
 
 pytest.importorskip("triton")
 from rnn.kernels import faults
 
 CPU = torch.device("cpu")
-PLAN = plan(1, 512, 16, 1, torch.bfloat16, True, CHIPS["sm_90"].limits())
+PLAN = plan(Layer(1, 1, 0, 0, 512, 16, 1, torch.bfloat16, True), CHIPS["sm_90"].limits())
 
 
 def forget():

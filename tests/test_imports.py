@@ -19,7 +19,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch, rnn
 module = rnn.RNN(3, 4)
-x = torch.randn(5, 2, 3)
+x = torch.randn(20, 2, 3)
 output, _ = module(x)
 output.sum().backward()
 assert "triton is not installed" in rnn.explain(module, x), rnn.explain(module, x)
@@ -82,4 +82,4 @@ def test_without_triton():
 
 def test_the_public_face():
     patterns = ["EncoderDecoder", "ManyToMany", "ManyToOne", "OneToMany", "OneToOne"]
-    assert rnn.__all__ == ["RNN", *patterns, "explain", "recurrence"]
+    assert rnn.__all__ == ["GRU", "LSTM", "RNN", *patterns, "explain", "recurrence"]
