@@ -48,7 +48,7 @@ class StepRows(NamedTuple):
         if self.spec.sizes is not None:
             return rows
         if self.rows.steps is None and not self.spec.batch_first:
-            return rows.view(*like.shape[:2], -1)
+            return rows.view(*like.shape[:2], rows.size(1))
         x = rows.new_zeros(*like.shape[:2], rows.size(1))
         self.rows.scatter_(rows, time_major(self.spec, x))
         return x
@@ -69,7 +69,7 @@ class MemoryRows(NamedTuple):
         return x.flatten(0, 1)
 
     def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        return rows.view(*like.shape[:-1], -1)
+        return rows.view(*like.shape[:-1], rows.size(1))
 
 
 # The tuned PyTorch path.

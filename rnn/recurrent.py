@@ -246,6 +246,8 @@ class Recurrent(torch.nn.RNNBase):
             why = "torch.export takes the operator that other programs know"
         elif p.lengths is None and torch._C._get_tracing_state() is not None:
             why = "torch.jit.trace and ONNX know this operator"
+        elif p.lengths is None and torch.overrides.has_torch_function(tuple(self._weights)):
+            why = "the weights are of a class with operators of its own (per-sample gradients)"
         elif self.backend == "auto" and p.lengths is None and p.packed is None:
             why = self._why_operator_is_faster(p)
         if why and self.backend == "triton":
@@ -322,7 +324,7 @@ class Recurrent(torch.nn.RNNBase):
             n = rows.sizes[0] if rows.sizes else 0
             if n == 0:
                 return x.new_zeros(*x.shape[:2], self.directions * widths[0]), state0
-            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes)
+            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes, device="cpu")
             assert rows.order is not None
             longest = rows.order[:n]
             state0, whole = tuple(s[:, longest] for s in state0), state0
