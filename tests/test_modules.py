@@ -276,7 +276,9 @@ def test_packed_sequence(cell, config, order, run):
 
 @each_run
 @each_cell
-@pytest.mark.parametrize("lengths", [[2, 6, 5], [0, 6, 3], [0, 4, 0], [0, 0, 0], [6, 6, 6]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[2, 6, 5], [0, 6, 3], [0, 4, 0], [0, 0, 0], [6, 6, 6]], ids=str
+)
 @pytest.mark.parametrize("config", [{}, DEEP], ids=["plain", "deep"])
 def test_lengths_are_each_row_alone(cell, config, lengths, run):
     """As packing does it, zeros included."""
@@ -286,7 +288,8 @@ def test_lengths_are_each_row_alone(cell, config, lengths, run):
     lengths = torch.tensor(lengths)
     expected = everything(theirs, x, hx, lambda m, x, hx: row_by_row(m, x, hx, lengths))
     for int_type in (torch.int32, torch.int64):
-        got = everything(ours, x, hx, lambda m, x, hx: m(x, hx, lengths=lengths.to(int_type)))
+        given = lengths.to(int_type)
+        got = everything(ours, x, hx, lambda m, x, hx, n=given: m(x, hx, lengths=n))
         zeros = {n: torch.zeros_like(g) for n, g in got.items() if n not in expected}
         assert_same(got, expected | zeros)
     if not config and lengths.all():
