@@ -116,26 +116,24 @@ def forward_in_torch(
         outputs.append(states[0])
         last.append(tuple(rows.unsort(s) for s in ends))
         kept += (*states, *saved)
-    if spec.sizes is not None:
-        output = x.new_empty(len(x), D * H)
-        steps = output
-    else:
-        output = (
-            x.new_zeros(*x.shape[:2], D * H)
-            if lengths is not None
-            else x.new_empty(*x.shape[:2], D * H)
-        )
-        steps = time_major(spec, output)
-    if save or D > 1 or lengths is not None or spec.batch_first:
-        for d, h in enumerate(outputs):
-            part = steps[..., d * H : (d + 1) * H]
-            if spec.sizes is not None:
-                part.copy_(h)
-            else:
-                rows.scatter_(h, part)
-    else:
-        output = outputs[0].view(output.shape)
+    output = placed(spec, rows, outputs, x, copy=save)
     return output, joined(spec, last), tuple(kept) if save else ()
+
+
+def placed(spec: Spec, rows: Rows, parts: list[Tensor], like: Tensor, copy: bool) -> Tensor:
+    """The rows of all directions as the layer's output, laid out as its x; a tensor that is no
+    view, so that it may be detached in place."""
+    if spec.sizes is None and (spec.batch_first or rows.steps is not None):
+        H = parts[0].size(1)
+        output = parts[0].new_zeros(*like.shape[:2], len(parts) * H)
+        for d, part in enumerate(parts):
+            rows.scatter_(part, time_major(spec, output)[..., d * H : (d + 1) * H])
+        return output
+    if spec.sizes is None:
+        parts = [part.view(*like.shape[:2], -1) for part in parts]
+    if len(parts) > 1:
+        return torch.cat(parts, -1)
+    return parts[0].clone() if copy else own(parts[0])
 
 
 def joined(spec: Spec, by_direction: list[Tensors]) -> Tensors:
@@ -172,8 +170,9 @@ def backward_in_torch(
         if d_output is None:
             d_h = torch.zeros_like(states[0])
         else:
-            part = in_steps.gather(d_output[..., d * H : (d + 1) * H])
-            d_h = part.clone(memory_format=torch.contiguous_format)
+            d_h = in_steps.gather(d_output[..., d * H : (d + 1) * H])
+            if d_h.untyped_storage().data_ptr() == d_output.untyped_storage().data_ptr():
+                d_h = d_h.clone(memory_format=torch.contiguous_format)  # it is written over
         d_x_gates, d_h_gates, d_first = torch_path.backward(
             cell,
             d_h,
