@@ -130,7 +130,7 @@ def placed(spec: Spec, rows: Rows, parts: list[Tensor], like: Tensor, copy: bool
             rows.scatter_(part, time_major(spec, output)[..., d * H : (d + 1) * H])
         return output
     if spec.sizes is None:
-        parts = [part.view(*like.shape[:2], -1) for part in parts]
+        parts = [part.view(*like.shape[:2], part.size(1)) for part in parts]
     if len(parts) > 1:
         return torch.cat(parts, -1)
     return parts[0].clone() if copy else own(parts[0])
