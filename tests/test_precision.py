@@ -50,6 +50,8 @@ def test_autocast(cell, given, backend):
     assert got.keys() == in_bfloat16.keys()
     for name, wanted in exact.items():
         assert got[name].dtype == (torch.bfloat16 if "result" in name else torch.float32)
+        if cell == "rnn_relu" and "result" not in name:
+            continue  # rounding decides on which side of the kink a unit lies
         error, torch_error = ((r[name].float() - wanted).norm() for r in (got, in_bfloat16))
         assert error <= 2 * torch_error + 2**-7 * wanted.norm(), name
 
@@ -130,7 +132,7 @@ def test_large_layers(cell, dtype, batch):
     wanted = everything(exact, double[0], tuple(double[1:]) if cell == "lstm" else double[1])
     for name, w in wanted.items():
         error, torch_error = ((r[name].double() - w).norm() for r in (got, torch_got))
-        assert error <= 2 * torch_error + 8 * torch.finfo(dtype).eps * w.norm(), name
+        assert error <= 2 * torch_error + 512**0.5 * torch.finfo(dtype).eps * w.norm(), name
 
 
 @each_cell
