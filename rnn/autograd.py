@@ -46,18 +46,24 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
-    """Whether every operation must be seen: by a transform of torch.func other than grad, forward
-    mode, a tracer of graphs, or where tensors hold no data. Or the cell has no form in place."""
+def values_are_hidden(tensors: Sequence[Any]) -> bool:
+    """Whether values must not be looked at: under a tracer of graphs or a transform of torch.func
+    other than grad, or where tensors hold no data."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._are_functorch_transforms_active() and under_other_transforms_than_grad():
         return True
+    return any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
+
+
+def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
+    """Whether every operation must be seen: where values are hidden, and in forward mode. Or the
+    cell has no form in place."""
+    if values_are_hidden(tensors):
+        return True
     if forward_ad._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
-        return True
-    if any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors):
         return True
     return isinstance(plan, NoPlan) and cell not in IN_PLACE
 

@@ -48,7 +48,7 @@ class StepRows(NamedTuple):
         if self.spec.sizes is not None:
             return rows
         if self.rows.steps is None and not self.spec.batch_first:
-            return rows.view(*like.shape[:2], -1)
+            return rows.view(*like.shape[:2], rows.size(1))
         x = rows.new_zeros(*like.shape[:2], rows.size(1))
         self.rows.scatter_(rows, time_major(self.spec, x))
         return x
@@ -69,7 +69,7 @@ class MemoryRows(NamedTuple):
         return x.flatten(0, 1)
 
     def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        return rows.view(*like.shape[:-1], -1)
+        return rows.view(*like.shape[:-1], rows.size(1))
 
 
 # The tuned PyTorch path.
@@ -130,7 +130,7 @@ def placed(spec: Spec, rows: Rows, parts: list[Tensor], like: Tensor, copy: bool
             rows.scatter_(part, time_major(spec, output)[..., d * H : (d + 1) * H])
         return output
     if spec.sizes is None:
-        parts = [part.view(*like.shape[:2], -1) for part in parts]
+        parts = [part.view(*like.shape[:2], part.size(1)) for part in parts]
     if len(parts) > 1:
         return torch.cat(parts, -1)
     return parts[0].clone() if copy else own(parts[0])

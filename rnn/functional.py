@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import run
+from .autograd import run, values_are_hidden
 from .cells import CELLS
 from .dispatch import BACKENDS, Backend
 from .layer import Spec
@@ -16,8 +16,8 @@ State = Tensor | tuple[Tensor, ...]
 def check_lengths(lengths: Tensor, T: int, B: int) -> None:
     """Raise TypeError or ValueError unless lengths is (B,) of int32 or int64, each in [0, T].
 
-    The range is checked on the CPU alone: on another device the host would have to wait for it.
-    There a length above T counts as T and a negative one as 0.
+    The range is checked where values can be looked at on a CPU: on another device the host would
+    have to wait for them. Elsewhere a length above T counts as T and a negative one as 0.
     """
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a Tensor, got {type(lengths).__name__}")
@@ -25,7 +25,7 @@ def check_lengths(lengths: Tensor, T: int, B: int) -> None:
         raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths must have shape {(B,)}, got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and B > 0 and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and B > 0 and not values_are_hidden((lengths,)):
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > T:
             raise ValueError(f"lengths must lie in [0, {T}], got values from {low} to {high}")

@@ -62,6 +62,13 @@ def skipped_by_compile(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _said(hx: Any) -> str:
+    """hx in an error message."""
+    if isinstance(hx, tuple | list):
+        return f"{type(hx).__name__} of {', '.join(type(s).__name__ for s in hx) or 'nothing'}"
+    return f"Tensor of {tuple(hx.shape)}" if isinstance(hx, Tensor) else type(hx).__name__
+
+
 class Prepared(NamedTuple):
     """The arguments of forward, checked: a batch or packed rows, and states for all layers."""
 
@@ -187,7 +194,9 @@ class Recurrent(torch.nn.RNNBase):
                 state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
             return Prepared(x, False, state0, batch, None, input)
         if input.dim() not in (2, 3):
-            raise ValueError(f"input must be 2-D or 3-D, got {input.dim()}-D")
+            raise ValueError(
+                f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+            )
         x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
         self.check_input(x, None)
         T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
@@ -205,24 +214,31 @@ class Recurrent(torch.nn.RNNBase):
         self, x: Tensor, hx: State | None, batch: int, dim: int
     ) -> tuple[Tensor, ...] | None:
         """hx as a tuple of (L * D, B, H), checked against x; and the weights against both."""
-        weight = self._weights[0]
-        if x.device != weight.device:
-            raise RuntimeError(
-                "Input and parameter tensors are not at the same device, found input tensor at "
-                f"{x.device} and parameter tensor at {weight.device}"
-            )
+        self._check_weights(x)
         if hx is None:
             return None
-        cell = CELLS[self.cell]
-        if cell.states == 1 and not isinstance(hx, Tensor):
-            raise AttributeError(f"hx of {self.mode} must be a Tensor, got {type(hx).__name__}")
-        state0 = (hx,) if cell.states == 1 else tuple(hx)
-        if len(state0) != cell.states:
-            raise RuntimeError(f"hx must be {cell.states} tensors, got {len(state0)}")
+        cell, given = CELLS[self.cell], cast(Any, hx)
+        try:  # what torch.nn asks of hx, for its very exceptions
+            state0: tuple[Tensor, ...] = (given,) if cell.states == 1 else (given[0], given[1])
+            dims = [s.dim() for s in state0]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            want = "a Tensor" if cell.states == 1 else "the pair (h0, c0)"
+            raise type(error)(f"hx of {self.mode} must be {want}, got {_said(hx)}") from error
+        if cell.states > 1 and isinstance(hx, Tensor):
+            raise TypeError(f"hx of {self.mode} must be the pair (h0, c0), got {_said(hx)}")
+        if cell.states > 1 and len(hx) != cell.states:
+            raise RuntimeError(f"hx must be {cell.states} tensors, got {len(hx)}")
+        if any(d != dim for d in dims):
+            kind = "batched" if dim == 3 else "unbatched"
+            found = (
+                f"{dims[0]}-D tensor" if len(dims) == 1 else f"({dims[0]}-D, {dims[1]}-D) tensors"
+            )
+            raise RuntimeError(
+                f"For {kind} {dim}-D input, {' and '.join(('hx', 'cx')[: len(dims)])} should also "
+                f"be {dim}-D but got {found}"
+            )
         layers = self.num_layers * self.directions
         for k, s in enumerate(state0):
-            if s.dim() != dim:
-                raise RuntimeError(f"for {dim}-D input hx must be {dim}-D too, got {s.dim()}-D")
             s = s if dim == 3 else s.unsqueeze(1)
             width = self.proj_size if k == 0 and self.proj_size else self.hidden_size
             name = "hidden" if cell.states == 1 else f"hidden[{k}]"
@@ -238,6 +254,31 @@ class Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(f"hx must be {x.dtype} as input is, got {s.dtype}")
         return state0 if dim == 3 else tuple(s.unsqueeze(1) for s in state0)
 
+    def _check_weights(self, x: Tensor) -> None:
+        """Shape, dtype and device of every weight; nothing after this looks at them again."""
+        if torch._C._get_tracing_state() is not None:  # sizes are being recorded
+            return
+        rows, width = CELLS[self.cell].gates * self.hidden_size, self.proj_size or self.hidden_size
+        rest = [(rows, width)] + [(rows,)] * (2 * self.bias)
+        rest += [(width, self.hidden_size)] * bool(self.proj_size)
+        shapes = [(rows, self.input_size), *rest] * self.directions
+        shapes += [(rows, self.directions * width), *rest] * (
+            self.directions * (self.num_layers - 1)
+        )
+        mixed = autocast_enabled(x.device.type)
+        for name, weight, shape in zip(self._flat_weights_names, self._weights, shapes):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
+            if tuple(weight.shape) != shape:
+                raise RuntimeError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+            if weight.device != x.device:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, found input tensor "
+                    f"at {x.device} and parameter tensor {name} at {weight.device}"
+                )
+            if weight.dtype != x.dtype and not mixed:
+                raise RuntimeError(f"{name} must be {x.dtype} as input is, got {weight.dtype}")
+
     def why_pytorchs_operator(self, p: Prepared) -> str:
         """Why torch.nn's own operator runs the whole call; empty where rnn's layers do."""
         why = ""
@@ -247,6 +288,8 @@ class Recurrent(torch.nn.RNNBase):
             why = "torch.export takes the operator that other programs know"
         elif p.lengths is None and torch._C._get_tracing_state() is not None:
             why = "torch.jit.trace and ONNX know this operator"
+        elif p.lengths is None and torch.overrides.has_torch_function(tuple(self._weights)):
+            why = "the weights are of a class with operators of its own (per-sample gradients)"
         elif self.backend == "auto" and p.lengths is None and p.packed is None:
             why = self._why_operator_is_faster(p)
         if why and self.backend == "triton":
@@ -287,7 +330,7 @@ class Recurrent(torch.nn.RNNBase):
             else:
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
-            weights = self._layer_weights(layer, x, dtype)
+            weights = self._layer_weights(layer, dtype)
             x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights))
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
@@ -296,17 +339,10 @@ class Recurrent(torch.nn.RNNBase):
             return x, last[0]
         return x, tuple(torch.cat(states) for states in zip(*last))
 
-    def _layer_weights(self, layer: int, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    def _layer_weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """The weights of a layer, direction by direction, in the dtype of the computation."""
-        rows = CELLS[self.cell].gates * self.hidden_size
-        shapes = [(rows, x.size(-1)), (rows, self.hidden_size)] + [(rows,)] * (2 * self.bias)
-        each = len(shapes)
-        first = layer * self.directions * each
-        weights = self._weights[first : first + self.directions * each]
-        names = self._flat_weights_names[first : first + self.directions * each]
-        for name, weight, shape in zip(names, weights, shapes * self.directions):
-            if tuple(weight.shape) != shape:
-                raise RuntimeError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+        each = len(self._weights) // self.num_layers
+        weights = self._weights[layer * each : (layer + 1) * each]
         return [w if w.dtype == dtype else w.to(dtype) for w in weights]
 
     def _by_operator(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -323,7 +359,7 @@ class Recurrent(torch.nn.RNNBase):
             n = rows.sizes[0] if rows.sizes else 0
             if n == 0:
                 return x.new_zeros(*x.shape[:2], self.directions * widths[0]), state0
-            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes)
+            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes, device="cpu")
             assert rows.order is not None
             longest = rows.order[:n]
             state0, whole = tuple(s[:, longest] for s in state0), state0

@@ -14,16 +14,16 @@ def active_steps(lengths: Tensor, T: int) -> Tensor:
 
 def lengths_of(sizes: Sequence[int], device: torch.device) -> Tensor:
     """The lengths (B,) of the rows of a PackedSequence, longest first."""
-    counts = torch.tensor([*sizes, 0])
+    counts = torch.tensor([*sizes, 0], device="cpu")  # whatever the default device is
     # counts[t] - counts[t + 1] rows are t + 1 long.
     ended = (counts[:-1] - counts[1:]).flip(0)
-    steps = torch.arange(len(sizes), 0, -1)
+    steps = torch.arange(len(sizes), 0, -1, device="cpu")
     return steps.repeat_interleave(ended).to(device)
 
 
 def offsets_of(sizes: Sequence[int], device: torch.device) -> Tensor:
     """(T,) int64: the row at which each step begins."""
-    counts = torch.tensor(sizes, dtype=torch.int64)
+    counts = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     return (counts.cumsum(0) - counts).to(device)
 
 

@@ -1,316 +1,339 @@
-"""rnn.RNN in the place of torch.nn.RNN: what goes in, what comes out, what is refused."""
-
-import copy
-import io
-import pickle
+"""rnn.RNN, GRU and LSTM in the place of torch.nn's: what goes in, and what comes out."""
 
 import pytest
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from twins import (
+    CELLS,
+    IEEE,
+    KINDS,
+    H,
+    I,
+    assert_same,
+    each_backend,
+    each_cell,
+    each_run,
+    everything,
+    problem,
+    row_by_row,
+    tensors,
+    twins,
+)
 
 import rnn
 
-I, H = 5, 7
+pytestmark = IEEE
+
 CONFIGS = {
     "plain": {},
-    "relu": {"nonlinearity": "relu"},
     "no-bias": {"bias": False},
     "batch-first": {"batch_first": True},
     "bidirectional": {"bidirectional": True},
     "deep": {"num_layers": 3, "bidirectional": True, "batch_first": True},
-    "float64": {"dtype": torch.float64, "num_layers": 2},
 }
+DEEP = CONFIGS["deep"]
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
-
-def pair(**config):
-    """torch.nn.RNN and rnn.RNN of one initialisation."""
-    torch.manual_seed(0)
-    theirs = torch.nn.RNN(I, H, **config)
-    torch.manual_seed(0)
-    return theirs, rnn.RNN(I, H, **config)
+# Results and gradients.
 
 
-def results(module, *args, **kwargs):
-    """output, h_n and the gradients of every floating argument and parameter."""
-    leaves = [x.clone().requires_grad_() for x in args if x is not None]
-    output, h_n = module(*leaves, **kwargs)
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(x):
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-    inputs = [*leaves, *module.parameters()]
-    gradients = torch.autograd.grad([output, h_n], inputs, [randn(output), randn(h_n)])
-    return output, h_n, *gradients
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def inputs(config, unbatched=False):
-    dtype = config.get("dtype", torch.float32)
-    LD = config.get("num_layers", 1) * (1 + config.get("bidirectional", False))
-    shape = (3, 6, I) if config.get("batch_first") else (6, 3, I)
-    x, hx = torch.randn(shape, dtype=dtype), torch.randn(LD, 3, H, dtype=dtype)
-    return (x[:, 0], hx[:, 0]) if unbatched else (x, hx)
-
-
+@each_run
 @each_config
-def test_same_parameters_of_the_same_seed(config):
-    theirs, ours = pair(**config)
+@each_cell
+@pytest.mark.parametrize("given", ["hx", "no-hx"])
+def test_results_and_gradients(cell, config, given, run):
+    backend, dtype = run
+    theirs, ours = twins(cell, backend=backend, dtype=dtype, **config)
+    x, hx = problem(ours, hx=given == "hx")
+    expected = everything(theirs, x, hx)
+    assert_same(everything(ours, x, hx), expected)
+    assert len(expected) == sum(len(tensors(t)) for t in (ours(x, hx), x, hx, ours._flat_weights))
+
+
+@each_run
+@each_cell
+@pytest.mark.parametrize("given", ["hx", "no-hx"])
+def test_without_a_batch(cell, given, run):
+    backend, dtype = run
+    theirs, ours = twins(cell, backend=backend, dtype=dtype, **DEEP)
+    x, hx = problem(ours, B=1, hx=given == "hx")
+
+    def alone(module, x, hx):
+        state = tuple(s.squeeze(1) for s in tensors(hx))
+        return module(x.squeeze(0), *([state if len(state) > 1 else state[0]] if state else []))
+
+    expected = everything(theirs, x, hx, alone)
+    assert expected["result 0"].dim() == expected["result 1"].dim() == 2
+    assert_same(everything(ours, x, hx, alone), expected)
+
+
+@each_backend
+@each_cell
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 40])
+def test_lengths_around_which_the_engine_changes(cell, T, backend):
+    theirs, ours = twins(cell, backend=backend, bidirectional=True)
+    x, hx = problem(ours, T=T)
+    assert_same(everything(ours, x, hx), everything(theirs, x, hx))
+    with torch.no_grad():
+        assert_same(ours(x, hx), theirs(x, hx))
+
+
+@each_cell
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits_are_as_near_to_float64_as_torch_is(cell, dtype):
+    theirs, ours = twins(cell, dtype=dtype, bidirectional=True)
+    exact = twins(cell, dtype=torch.float64, bidirectional=True)[0]
+    exact.load_state_dict({n: p.double() for n, p in theirs.state_dict().items()})
+    x, hx = problem(ours)
+    double = [s.detach().double().requires_grad_() for s in tensors((x, hx))]
+    wanted = everything(exact, double[0], tuple(double[1:]) if cell == "lstm" else double[1])
+    got, torch_got = everything(ours, x, hx), everything(theirs, x, hx)
+    floor = 4 * torch.finfo(dtype).eps
+    for name, w in wanted.items():
+        error, torch_error = ((r[name].double() - w).abs().max() for r in (got, torch_got))
+        assert error <= 2 * torch_error + floor * w.abs().max(), name
+
+
+@each_backend
+@each_cell
+@pytest.mark.parametrize("config", [CONFIGS["plain"], DEEP], ids=["plain", "deep"])
+def test_empty_batch(cell, config, backend):
+    if backend == "triton":
+        pytest.skip("there is nothing to launch")
+    theirs, ours = twins(cell, backend=backend, **config)
+    x, hx = problem(ours, T=4, B=0)
+    assert_same(everything(ours, x, hx), everything(theirs, x, hx))
+    nobody = torch.zeros(0, dtype=torch.int64)
+    by_lengths = everything(ours, x, hx, lambda m, x, hx: m(x, hx, lengths=nobody))
+    assert_same(by_lengths, everything(theirs, x, hx))
+
+
+@each_backend
+@each_cell
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_any_strides(cell, layout, backend):
+    """Of the input, the states, the weights and the incoming gradients."""
+    theirs, ours = twins(cell, backend=backend, bidirectional=True)
+
+    def lay(t):
+        if layout == "transposed":
+            return t.mT.contiguous().mT if t.dim() > 1 else t
+        spread = torch.full((*t.shape, 3), float("nan"), dtype=t.dtype)
+        spread[..., 1] = t
+        return spread[..., 1]
+
+    x, *hx = (lay(t.detach()).requires_grad_() for t in tensors(problem(ours)))
+    with torch.no_grad():
+        for module in (theirs, ours):
+            for p in module.parameters():
+                p.data = lay(p.data)
+
+    def call(module, x, hx):
+        results = tensors(module(x, hx if len(hx) > 1 else hx[0]))
+        if layout == "expanded":  # sum hands back one number, expanded
+            return [y.sum() for y in results]
+        return [lay(y) for y in results]
+
+    assert_same(everything(ours, x, hx, call), everything(theirs, x, hx, call))
+
+
+# The module itself.
+
+
+@each_cell
+@each_config
+def test_same_parameters_of_the_same_seed(cell, config):
+    theirs, ours, told = KINDS[cell]
+    torch.manual_seed(0)
+    theirs = theirs(I, H, **told, **config)
+    torch.manual_seed(0)
+    ours = ours(I, H, **told, **config)
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert ours.all_weights[0][0] is ours.weight_ih_l0
+    for name in ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first"):
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
-@each_config
-@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
-@pytest.mark.parametrize("unbatched", [False, True], ids=["batched", "unbatched"])
-def test_same_results_and_gradients(config, unbatched, hx):
-    theirs, ours = pair(**config)
-    x, state = inputs(config, unbatched)
-    args = (x, state) if hx else (x,)
-    assert_same(results(ours, *args), results(theirs, *args))
-
-
-@each_config
-def test_state_dict_goes_both_ways(config):
-    theirs, ours = pair(**config)
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.add_(1.0)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    fresh = rnn.RNN(I, H, **config)
-    fresh.load_state_dict(theirs.state_dict(), strict=True)
-    x, hx = inputs(config)
-    assert torch.equal(fresh(x, hx)[0], ours(x, hx)[0])
-
-
-@pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("config", [CONFIGS["plain"], CONFIGS["deep"]], ids=["plain", "deep"])
-def test_packed_sequence(config, enforce_sorted):
-    theirs, ours = pair(**config)
-    lengths = torch.tensor([6, 4, 1] if enforce_sorted else [1, 6, 4])
-    x = torch.randn(6, 3, I)
-    _, hx = inputs(config)
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
-    got, want = ours(packed, hx), theirs(packed, hx)
-    assert isinstance(got[0], PackedSequence)
-    torch.testing.assert_close(got[0].data, want[0].data, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-6)
-    for a, b in zip(got[0][1:], want[0][1:]):
-        assert (a is None and b is None) or torch.equal(a, b)
-    torch.testing.assert_close(ours(packed)[1], theirs(packed)[1], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_lengths_are_packing_without_sorting(dtype):
-    theirs, ours = pair(num_layers=2, bidirectional=True, batch_first=True)
-    lengths = torch.tensor([2, 6, 5], dtype=dtype)
-    x, hx = torch.randn(3, 6, I), torch.randn(4, 3, H)
-    packed = pack_padded_sequence(x, lengths.long(), batch_first=True, enforce_sorted=False)
-    want, want_h_n = theirs(packed, hx)
-    want, _ = pad_packed_sequence(want, batch_first=True)
-    output, h_n = ours(x, hx, lengths=lengths)
-    torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(h_n, want_h_n, rtol=1e-5, atol=1e-6)
-
-
-def test_zero_length_row_keeps_its_state():
-    _, ours = pair(num_layers=2, bidirectional=True)
-    x, hx = torch.randn(6, 3, I), torch.randn(4, 3, H)
-    output, h_n = ours(x, hx, lengths=torch.tensor([0, 6, 0]))
-    assert torch.equal(h_n[:, [0, 2]], hx[:, [0, 2]])
-    assert torch.equal(output[:, [0, 2]], torch.zeros(6, 2, 2 * H))
-
-
-def test_empty_batch():
-    theirs, ours = pair(bidirectional=True, num_layers=2)
-    x = torch.randn(4, 0, I)
-    got, want = results(ours, x), results(theirs, x)
-    assert_same(got, want)
-
-
-def test_non_contiguous_input():
-    theirs, ours = pair(bidirectional=True)
-    x = torch.randn(I, 3, 12).permute(2, 1, 0)[::2]
-    assert_same(results(ours, x), results(theirs, x))
-
-
-def test_dropout_lies_between_layers_in_training_alone():
-    theirs, ours = pair(num_layers=2, dropout=0.5)
-    x, _ = inputs({})
-    torch.manual_seed(3)
-    output, h_n = ours(x)
-    assert not torch.allclose(output, theirs.eval()(x)[0])
-    torch.testing.assert_close(h_n[0], theirs(x)[1][0])  # before the dropout
-    torch.testing.assert_close(ours.eval()(x)[0], theirs(x)[0])
-    dropped = rnn.RNN(I, H, num_layers=2, dropout=1.0)
-    dropped.load_state_dict(ours.state_dict())
-    zeros = torch.zeros(6, 3, H)
-    second = rnn.RNN(H, H)
-    second.load_state_dict(
-        {n.replace("l1", "l0"): p for n, p in ours.state_dict().items() if "l1" in n}
-    )
-    torch.testing.assert_close(dropped(x)[0], second(zeros)[0])
-
-
-def test_backward_in_eval_mode():
-    theirs, ours = pair()
-    x, hx = inputs({})
-    assert_same(results(ours.eval(), x, hx), results(theirs.eval(), x, hx))
-
-
-@pytest.mark.parametrize("hx", [True, False], ids=["hx", "no-hx"])
-def test_autocast(hx):
-    theirs, ours = pair(num_layers=2)
-    x, state = inputs({"num_layers": 2})
-    args = (x, state) if hx else (x,)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, want = ours(*args), theirs(*args)
-    for a, b in zip(got, want):
-        assert a.dtype == b.dtype == torch.bfloat16
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
-    sum(x.float().sum() for x in got).backward()
-    assert ours.weight_hh_l0.grad.dtype == torch.float32
-
-
-def test_copies_and_pickles():
-    _, ours = pair(bidirectional=True, num_layers=2)
-    x, _ = inputs({})
-    buffer = io.BytesIO()
-    torch.save(ours, buffer)
-    buffer.seek(0)
-    for other in (
-        copy.deepcopy(ours),
-        pickle.loads(pickle.dumps(ours)),
-        torch.load(buffer, weights_only=False),
-    ):
-        assert torch.equal(other(x)[0], ours(x)[0])
-
-
-def test_functional_call():
-    _, ours = pair()
-    x, _ = inputs({})
-    zeros = {n: torch.zeros_like(p) for n, p in ours.named_parameters()}
-    assert torch.equal(torch.func.functional_call(ours, zeros, (x,))[0], torch.zeros(6, 3, H))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compares on the CPU")
-@pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
-def test_kernels_train_a_deep_stack(tf32):
-    """The module over the kernels, all of it, against torch.nn.RNN."""
-    config = {"num_layers": 2, "bidirectional": True, "batch_first": True}
-    theirs, _ = pair(**config)
-    ours = rnn.RNN(I, H, **config, backend="triton")
-    ours.load_state_dict(theirs.state_dict())
-    x, hx = inputs(config)
-    assert_same(results(ours, x, hx), results(theirs, x, hx))
-
-
-X, HX = torch.randn(6, 3, I), torch.randn(1, 3, H)
-MISUSE = {
-    "no sequence": lambda m: m(torch.randn(0, 3, I)),
-    "no sequence, unbatched": lambda m: m(torch.randn(0, I)),
-    "4-D input": lambda m: m(X[None]),
-    "1-D input": lambda m: m(torch.randn(I)),
-    "features": lambda m: m(torch.randn(6, 3, I + 1)),
-    "float64 input": lambda m: m(X.double()),
-    "integer input": lambda m: m(torch.ones(6, 3, I, dtype=torch.long)),
-    "no tensor": lambda m: m([1.0]),
-    "None": lambda m: m(None),
-    "input elsewhere": lambda m: m(X.to("meta")),
-    "hx batch": lambda m: m(X, torch.randn(1, 4, H)),
-    "hx layers": lambda m: m(X, torch.randn(2, 3, H)),
-    "hx features": lambda m: m(X, torch.randn(1, 3, H + 1)),
-    "hx 2-D": lambda m: m(X, HX[0]),
-    "hx 3-D, unbatched": lambda m: m(X[:, 0], HX),
-    "hx float64": lambda m: m(X, HX.double()),
-    "hx elsewhere": lambda m: m(X, HX.to("meta")),
-    "hx no tensor": lambda m: m(X, [HX]),
-    "packed hx": lambda m: m(
-        pack_padded_sequence(X, torch.tensor([6, 5, 1])), torch.randn(1, 2, H)
-    ),
-    "packed features": lambda m: m(pack_padded_sequence(X[..., 1:], torch.tensor([6, 5, 1]))),
-    "nonlinearity": lambda m: type(m)(I, H, nonlinearity="sine"),
-    "hidden size 0": lambda m: type(m)(I, 0),
-    "hidden size 1.5": lambda m: type(m)(I, 1.5),
-    "no layers": lambda m: type(m)(I, H, num_layers=0),
-    "bias 1": lambda m: type(m)(I, H, bias=1),
-    "dropout 2": lambda m: type(m)(I, H, dropout=2),
-    "proj_size": lambda m: type(m)(I, H, proj_size=2),
+KEYWORDS = {"bias": False, "batch_first": True, "dropout": 0.5, "bidirectional": True}
+POSITIONS = {
+    "rnn_tanh": (I, H, 2, "relu", False, True, 0.5, True),
+    "gru": (I, H, 2, False, True, 0.5, True),
+    "lstm": (I, H, 2, False, True, 0.5, True, 3),
 }
 
 
-@pytest.mark.parametrize("misuse", MISUSE.values(), ids=MISUSE)
-def test_misuse_raises_what_torch_raises(misuse):
-    theirs, ours = pair()
-    with pytest.raises(Exception) as want:
-        misuse(theirs)
-    before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(want.type) as got:
-        misuse(ours)
-    assert got.type is want.type and str(got.value)
-    assert all(torch.equal(p, before[n]) for n, p in ours.state_dict().items())
+@pytest.mark.parametrize("cell", POSITIONS)
+def test_constructor(cell):
+    """Positional, by keyword, and mixed: what torch.nn makes of it."""
+    theirs, ours, _ = KINDS[cell]
+    by_name = {"input_size": I, "hidden_size": H, "num_layers": 2, **KEYWORDS}
+    if cell == "rnn_tanh":
+        by_name["nonlinearity"] = "relu"
+    if cell == "lstm":
+        by_name["proj_size"] = 3
+    positions = POSITIONS[cell]
+    calls = [(positions[:k], {}) for k in range(2, len(positions) + 1)]
+    calls += [((), by_name), ((I,), {n: v for n, v in by_name.items() if n != "input_size"})]
+    calls += [((I, H), {"device": "meta", "dtype": torch.float64})]
+    for args, kwargs in calls:
+        a, b = ours(*args, **kwargs), theirs(*args, **kwargs)
+        assert repr(a) == repr(b).replace(")", ", backend=auto)")
+        assert {n: (p.shape, p.dtype, p.device) for n, p in a.state_dict().items()} == {
+            n: (p.shape, p.dtype, p.device) for n, p in b.state_dict().items()
+        }
+        assert all(getattr(a, n) == getattr(b, n) for n in (*KEYWORDS, "num_layers", "mode"))
 
 
+@each_cell
+@each_config
+def test_state_dict_goes_both_ways(cell, config):
+    theirs, ours = twins(cell, **config)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.25)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    other = twins(cell, **config)[1]
+    other.load_state_dict(theirs.state_dict(), strict=True)
+    x, hx = problem(ours)
+    assert_same(ours(x, hx), theirs(x, hx))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(other(x, hx)), tensors(ours(x, hx))))
+
+
+@each_backend
+@each_cell
+def test_states_go_out_and_in_again(cell, backend):
+    """A sequence in two parts, and hx as what forward returned (of an LSTM, also as a list)."""
+    _, ours = twins(cell, backend=backend, num_layers=2)
+    x, hx = problem(ours)
+    whole, last = ours(x, hx)
+    first, state = ours(x[:2], hx)
+    second, after = ours(x[2:], list(state) if cell == "lstm" else state)
+    assert isinstance(after, tuple if cell == "lstm" else torch.Tensor)
+    assert_same([torch.cat([first, second]), after], [whole, last])
+
+
+# Dropout.
+
+
+@each_cell
+def test_dropout_of_one_seed_is_torchs(cell):
+    theirs, ours = twins(cell, num_layers=3, dropout=0.4, bidirectional=True, dtype=torch.float64)
+    x, hx = problem(ours, T=20)
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(5)
+        results.append(everything(module, x, hx))
+    assert_same(results[1], results[0])
+    assert not torch.allclose(ours(x, hx)[0], ours(x, hx)[0])
+    assert_same(everything(ours.eval(), x, hx), everything(theirs.eval(), x, hx))
+
+
+@each_backend
+def test_dropout_mask(backend):
+    """Between the layers alone: each number is dropped with probability p, or is 1 / (1 - p)."""
+    ours = rnn.RNN(2, 100, 2, "relu", dropout=0.25, backend=backend)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.zero_()
+        ours.bias_ih_l0.fill_(1.0)  # the first layer says 1, and the second repeats it
+        ours.weight_ih_l1.copy_(torch.eye(100))
+    output, h_n = ours(torch.randn(30, 4, 2))
+    assert torch.equal(h_n[0], torch.ones(4, 100))
+    kept = output > 0
+    torch.testing.assert_close(output[kept], torch.full_like(output[kept], 1 / 0.75))
+    assert abs(kept.double().mean() - 0.75) < 5 * (0.25 * 0.75 / 12_000) ** 0.5
+    assert not torch.equal(kept[0], kept[1])
+    ours.dropout = 1.0
+    assert not ours(torch.randn(3, 4, 2))[0].any()
+    assert ours.eval()(torch.randn(3, 4, 2))[0].all()
+
+
+# Sequences of different length.
+
+SIX = torch.tensor([6, 4, 1])
+
+
+@each_run
+@each_cell
+@pytest.mark.parametrize("order", ["sorted", "unsorted", "equal"])
+@pytest.mark.parametrize("config", [{}, DEEP], ids=["plain", "deep"])
+def test_packed_sequence(cell, config, order, run):
+    backend, dtype = run
+    theirs, ours = twins(cell, backend=backend, dtype=dtype, **config)
+    x, hx = problem(ours)
+    lengths = {"sorted": SIX, "unsorted": SIX[[2, 0, 1]], "equal": SIX[[0, 0, 0]]}[order]
+
+    def packed(module, x, hx):
+        p = pack_padded_sequence(x, lengths, module.batch_first, order != "unsorted")
+        output, state = module(p, hx)
+        assert all(a is b for a, b in zip(output[1:], p[1:]))
+        return output, state
+
+    assert_same(everything(ours, x, hx, packed), everything(theirs, x, hx, packed))
+    assert_same(packed(ours, x, None), packed(theirs, x, None))
+
+
+@each_run
+@each_cell
 @pytest.mark.parametrize(
-    ("lengths", "error"),
-    [
-        ([6, 6, 6], TypeError),
-        (torch.tensor([6.0, 6.0, 6.0]), TypeError),
-        (torch.tensor([6, 6, 6], dtype=torch.int16), TypeError),
-        (torch.tensor([6, 6]), ValueError),
-        (torch.tensor([[6, 6, 6]]), ValueError),
-        (torch.tensor([7, 6, 6]), ValueError),
-        (torch.tensor([-1, 6, 6]), ValueError),
-    ],
-    ids=str,
+    "lengths", [[2, 6, 5], [0, 6, 3], [0, 4, 0], [0, 0, 0], [6, 6, 6]], ids=str
 )
-def test_lengths_are_checked(lengths, error):
-    _, ours = pair()
-    with pytest.raises(error, match="lengths must"):
-        ours(X, lengths=lengths)
+@pytest.mark.parametrize("config", [{}, DEEP], ids=["plain", "deep"])
+def test_lengths_are_each_row_alone(cell, config, lengths, run):
+    """As packing does it, zeros included."""
+    backend, dtype = run
+    theirs, ours = twins(cell, backend=backend, dtype=dtype, **config)
+    x, hx = problem(ours)
+    lengths = torch.tensor(lengths)
+    expected = everything(theirs, x, hx, lambda m, x, hx: row_by_row(m, x, hx, lengths))
+    for int_type in (torch.int32, torch.int64):
+        given = lengths.to(int_type)
+        got = everything(ours, x, hx, lambda m, x, hx, n=given: m(x, hx, lengths=n))
+        zeros = {n: torch.zeros_like(g) for n, g in got.items() if n not in expected}
+        assert_same(got, expected | zeros)
+    if not config and lengths.all():
+        p = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        padded, state = theirs(p)
+        both = pad_packed_sequence(padded, total_length=6)[0], state
+        assert_same(ours(x, lengths=lengths), both)
 
 
-def test_lengths_need_a_batch():
-    _, ours = pair()
-    with pytest.raises(ValueError, match="batched"):
-        ours(X[:, 0], lengths=torch.tensor([6]))
-    packed = pack_padded_sequence(X, torch.tensor([6, 5, 1]))
-    with pytest.raises(ValueError, match="its own lengths"):
-        ours(packed, lengths=torch.tensor([6, 5, 1]))
+@each_cell
+def test_a_batch_of_lengths_beside_its_packing(cell):
+    """Whole numbers of a real batch: 1 to 40 steps."""
+    theirs, ours = twins(cell, dtype=torch.float64, num_layers=2, bidirectional=True)
+    x, hx = problem(ours, T=40, B=17)
+    lengths = torch.randint(1, 41, (17,), generator=torch.Generator().manual_seed(2))
+    lengths[4] = 40
+
+    def packed(module, x, hx):
+        y, state = module(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+        return pad_packed_sequence(y)[0], state
+
+    got = everything(ours, x, hx, lambda m, x, hx: m(x, hx, lengths=lengths))
+    assert_same(got, everything(theirs, x, hx, packed))
 
 
-def test_state_dict_of_another_shape_is_refused():
-    _, ours = pair()
-    for other in (rnn.RNN(I, H, bias=False), rnn.RNN(I, H + 1), rnn.RNN(I, H, bidirectional=True)):
-        with pytest.raises(RuntimeError, match="state_dict"):
-            ours.load_state_dict(other.state_dict())
+# Projections, which run on PyTorch's own operator.
 
 
-def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"auto.*triton.*torch.*'cuda'"):
-        rnn.RNN(I, H, backend="cuda")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_projection(backend):
+    theirs, ours = twins("lstm", backend=backend, proj_size=3, **DEEP)
+    x, hx = problem(ours)
+    assert_same(everything(ours, x, hx), everything(theirs, x, hx))
+    p = pack_sequence([x[1], x[0, :2]])
+    assert_same(ours(p), theirs(p))
+    for lengths in ([2, 6, 5], [0, 6, 3], [0, 0, 0]):
+        lengths = torch.tensor(lengths)
+        got = ours(x, hx, lengths=lengths)
+        assert_same(got, row_by_row(theirs, x, hx, lengths))
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run here: proj_size'):
+        rnn.LSTM(I, H, proj_size=3, backend="triton")(torch.randn(2, 1, I))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_explain_says_why_not():
-    ours = rnn.RNN(I, H, num_layers=2)
-    assert rnn.explain(ours, X).splitlines() == [
-        "layer 0: torch: the tensors are on cpu, not on a GPU",
-        "layer 1: torch: the tensors are on cpu, not on a GPU",
-    ]
-    assert "asked for" in rnn.explain(rnn.RNN(I, H, backend="torch"), X)
-    large = rnn.RNN(I, 4096, backend="triton", device="meta")
-    with pytest.raises(RuntimeError, match="hidden size 4096"):
-        rnn.explain(large, X)
+def test_cells_of_the_table_are_those_tested():
+    from rnn.cells import CELLS as TABLE
 
-
-def test_explain_shows_the_plan():
-    text = rnn.explain(rnn.RNN(I, 100, backend="triton", bidirectional=True), X)
-    assert text.startswith("layer 0: triton: W_hh stays in the SRAM")
-    assert "2 direction(s)" in text
+    assert set(CELLS) == set(TABLE) == set(rnn.modules.MODULES)
