@@ -67,6 +67,9 @@ def launch(
         exchange = like.new_empty(2, plan.directions, B, width)
         flags = like.new_zeros(plan.directions, plan.tiles, T, dtype=torch.int32)
         arguments["launch_cooperative_grid"] = True
+    if plan.limits.matrix_unit != "mfma":
+        # All that a block may have: left to itself, ptxas spills a few for more blocks on an SM.
+        arguments["maxnreg"] = min(255, 65536 // (32 * plan.num_warps))
     with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
             kernel[grid](

@@ -202,6 +202,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         rows > 8 and crowded and mma and unit != "mfma",
         sliced and crowded and block_s > 32,
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
+        sliced and gates > 1 and H > 1152,  # leaves the forward pass too few registers
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and H > 128 and not mma,
     )
