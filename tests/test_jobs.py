@@ -15,6 +15,7 @@ import torch
 import rnn
 from rnn.__main__ import main
 from rnn.jobs import cli, digits, inspection, numbers, training
+from rnn.jobs.checkpoint import load_checkpoint
 from rnn.jobs.digits import DigitOfRows
 from rnn.jobs.numbers import in_words
 
@@ -225,9 +226,10 @@ def test_a_run_leaves_a_checkpoint_and_a_picture_that_inspect_reads(job, tmp_pat
 def test_a_checkpoint_gives_the_model_back(job, made, tmp_path):
     settings = replace(job.defaults, steps=5, hidden_size=9, cell="rnn_relu")
     training.run(made[job.name], settings, tmp_path)
-    checkpoint = cli.load_checkpoint(tmp_path / cli.CHECKPOINT, job.name)
+    path = tmp_path / cli.CHECKPOINT
+    checkpoint = load_checkpoint(path, job.name)
     assert len(checkpoint["losses"]) == 5
-    model, example = training.restore(job, checkpoint)
+    model, example = training.restore(job, checkpoint, path)
     again = model_of(made[job.name], steps=5, hidden_size=9, cell="rnn_relu")
     training.fit(made[job.name], again, 5)
     assert torch.equal(model(*example.args), again(*example.args))
@@ -247,7 +249,7 @@ def test_an_interrupt_leaves_a_checkpoint(made, tmp_path, monkeypatch, capsys):
     assert main([job.name, "--steps", "50", "--out", str(tmp_path)]) == 130
     path = tmp_path / cli.CHECKPOINT
     assert capsys.readouterr().err.endswith(f"interrupted; the checkpoint is {path}\n")
-    assert 3 <= len(cli.load_checkpoint(path, job.name)["losses"]) < 50
+    assert 3 <= len(load_checkpoint(path, job.name)["losses"]) < 50
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,9 @@ def check_fields(checkpoint: Mapping[str, Any], types: Mapping[str, type]) -> No
     for name, kind in types.items():
         if name not in checkpoint:
             raise ValueError(f"it has no {name!r}")
-        if type(checkpoint[name]) is not kind:
-            found = type(checkpoint[name]).__name__
+        value = checkpoint[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found = type(value).__name__
             raise ValueError(f"its {name!r} is of type {found}, not {kind.__name__}")
 
 
