@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from commands import TEXT
 
 from rnn.jobs import charlm
 from rnn.jobs.checkpoint import format_of, load_checkpoint
@@ -23,8 +24,6 @@ from rnn.jobs.language_model import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TEXT = "".join(f"{n} times {n} is {n * n};\n" for n in range(700))
 
 SMALL = Settings(hidden_size=16, backend="torch")
 
