@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from .jobs import COMMANDS
 
@@ -39,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return module.main(name, rest)
 
 
+def discard(stream: TextIO | None) -> None:
+    """Drop what a stream still holds: Python would try to write it once more at its own end."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main_of_process() -> int:
-    """main, and what it printed is written out: an error then is one line, and a reader that has
-    gone, as `| head -1` goes, is none."""
+    """main, and write out what it printed. An error of that is one line, and none if the reader
+    has gone, as `| head -1` goes. Standard error may be lost: nobody can be told."""
     try:
         try:
             status = main()
@@ -49,13 +56,15 @@ def main_of_process() -> int:
             status = end.code if isinstance(end.code, int) else 0
         print(end="", flush=True)
     except OSError as error:
-        if sys.stdout is not None:
-            # What is left in its buffer: Python would try once more, at its own end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return BROKEN_PIPE
-        print(f"python -m rnn: {error}", file=sys.stderr)
-        return 2
+        discard(sys.stdout)
+        status = BROKEN_PIPE
+        if not isinstance(error, BrokenPipeError):
+            status = 2
+            print(f"python -m rnn: {error}", file=sys.stderr)
+    try:
+        print(end="", file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
     return status
 
 

@@ -335,6 +335,37 @@ def test_inspect_reads_what_it_is_given(tmp_path, capsys):
     assert "--text is empty" in capsys.readouterr().err
 
 
+def test_a_long_text_is_a_picture_of_bounded_size(tmp_path, capsys, monkeypatch):
+    """Some versions of matplotlib draw no picture of more than 2^16 pixels a side."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} and {n + 1};\n" for n in range(400)))
+    where = ["--out", str(tmp_path), "--backend", "torch", "--hidden-size", "4"]
+    layers = ["--num-layers", "30"]
+    assert main(["--text", str(text), "--seconds", "0.1", *layers, *where]) == 0
+    sizes = []
+    write = inspection.write_figure
+
+    def spy(path, figure, dpi):
+        sizes.append(dpi * figure.get_size_inches().max())
+        write(path, figure, dpi=40)  # as a whole it takes a minute
+
+    monkeypatch.setattr(inspection, "write_figure", spy)
+    monkeypatch.setattr(inspection, "LARGEST", 40.0)
+    monkeypatch.setattr(inspection, "STEPS_SHOWN", 20)
+    path = str(tmp_path / cli.CHECKPOINT)
+    assert main(["inspect", path, "--text", "12 and $3$" * 750]) == 0
+    assert len(sizes) == 3 and max(sizes) <= 40 * 80
+    assert " at 999" in capsys.readouterr().out
+
+
+def test_the_gradient_is_followed_back_from_the_last_step_only():
+    module, x = one_layer("rnn_tanh", torch.randn(4, 4), 1200)
+    (layer,) = inspection.look("m", module, x, ["s"] * 1200)
+    (last,) = inspection.look("m", module, x[-900:], ["s"] * 900)
+    assert layer.output.shape == (1200, 4) and layer.gradient.shape == (inspection.REACH,)
+    torch.testing.assert_close(layer.gradient[-50:], last.gradient[-50:])
+
+
 def test_text_is_for_the_language_model(tmp_path, made, capsys):
     training.run(made["many-to-one"], replace(DigitOfRows.defaults, steps=1), tmp_path)
     with pytest.raises(SystemExit):
