@@ -340,22 +340,23 @@ def test_a_long_text_is_a_picture_of_bounded_size(tmp_path, capsys, monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} and {n + 1};\n" for n in range(400)))
     where = ["--out", str(tmp_path), "--backend", "torch", "--hidden-size", "4"]
-    layers = ["--num-layers", "30"]
-    assert main(["--text", str(text), "--seconds", "0.1", *layers, *where]) == 0
+    assert main(["--text", str(text), "--seconds", "0.1", *where]) == 0
     sizes = []
     write = inspection.write_figure
 
     def spy(path, figure, dpi):
-        sizes.append(dpi * figure.get_size_inches().max())
-        write(path, figure, dpi=40)  # as a whole it takes a minute
+        sizes.append(tuple(figure.get_size_inches()))
+        write(path, figure, dpi)
 
     monkeypatch.setattr(inspection, "write_figure", spy)
-    monkeypatch.setattr(inspection, "LARGEST", 40.0)
-    monkeypatch.setattr(inspection, "STEPS_SHOWN", 20)
     path = str(tmp_path / cli.CHECKPOINT)
     assert main(["inspect", path, "--text", "12 and $3$" * 750]) == 0
-    assert len(sizes) == 3 and max(sizes) <= 40 * 80
-    assert " at 999" in capsys.readouterr().out
+    assert " at 999" in capsys.readouterr().out  # of 7,499
+    assert sizes[0] == (0.13 * inspection.STEPS_SHOWN, 6.0)
+    monkeypatch.setattr(inspection, "LARGEST", 5.0)
+    assert main(["inspect", path, "--text", "12 and 13;" * 3]) == 0
+    assert len(sizes) == 6 and max(max(size) for size in sizes[3:]) <= 7.0
+    assert sizes[3] == (5.0, 5.0) and 80 * inspection.STEPS_SHOWN * 0.13 < 2**16
 
 
 def test_the_gradient_is_followed_back_from_the_last_step_only():

@@ -182,7 +182,8 @@ def distinct_grams(context: np.ndarray, text: np.ndarray, V: int) -> tuple[np.nd
     first = np.empty(len(grams), dtype=bool)
     first[:1] = True
     np.not_equal(grams[1:], grams[:-1], out=first[1:])
-    starts = np.append(np.flatnonzero(first), len(grams))
+    starts = np.full(np.count_nonzero(first) + 1, len(grams), dtype=context.dtype)
+    starts[:-1] = np.flatnonzero(first)
     return grams[first], starts
 
 
