@@ -12,7 +12,7 @@ from commands import ENVIRONMENT, RUN, SMALL, TEXT
 
 import rnn
 from rnn.__main__ import main
-from rnn.jobs import charlm, cli
+from rnn.jobs import charlm, cli, interrupts
 from rnn.jobs.digits import DigitOfRows
 from rnn.jobs.interrupts import SIGNALS, interrupts_held
 from rnn.jobs.language_model import Trainer
@@ -97,6 +97,21 @@ def test_an_end_before_or_after_the_training_is_one_line(flags, monkeypatch, cap
     monkeypatch.setattr(charlm, "read_text", ends)
     assert main(flags) == 128 + number
     assert capsys.readouterr().err.endswith("checkpoint.pt, as it was before this run\n")
+
+
+def test_a_signal_that_got_lost_can_be_sent_again(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(interrupts.time, "monotonic", lambda: now[0])
+    handler = interrupts.Raising()
+    with pytest.raises(interrupts.Interrupted):
+        handler(signal.SIGINT, None)
+    now[0] += 0.5
+    handler(signal.SIGINT, None)  # of the same row
+    now[0] += 0.6
+    with pytest.raises(interrupts.Interrupted):
+        handler(signal.SIGINT, None)
+    handler.done, now[0] = True, 99.0
+    handler(signal.SIGINT, None)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
