@@ -9,6 +9,7 @@ if not (_folder / "kernels").is_dir():
         raise ImportError(f"{_folder} needs the folder {_folder.parent / 'kernels'} beside it")
     __path__.append(str(_folder.parent))
 
+from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
 from .functional import recurrence
 from .modules import GRU, LSTM, RNN, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne

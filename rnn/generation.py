@@ -1,11 +1,14 @@
 """Writing a sequence symbol by symbol: greedy, by sampling, or by beam search; one loop for all."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = Tensor | tuple[Tensor, ...]  # of a recurrent module: each (L * D, B, H)
 
@@ -22,11 +25,46 @@ class Generated(NamedTuple):
     scores: Tensor  # (B,) log-probability in nats, with that of the end symbol where it was written
 
 
+def map_state(f: Callable[[Tensor], Tensor], state: State) -> State:
+    """f of the state's tensor, or of each of its tensors."""
+    return f(state) if isinstance(state, Tensor) else tuple(f(x) for x in state)
+
+
 def rows_of(state: State, rows: Tensor) -> State:
     """The state of these rows of the batch."""
-    if isinstance(state, Tensor):
-        return state.index_select(1, rows)
-    return tuple(x.index_select(1, rows) for x in state)
+    return map_state(lambda x: x.index_select(1, rows), state)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, in which dropout does nothing; give each of its modules its own
+    mode back at the end, after an exception too."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_options(max_length: Any, beam: Any, temperature: Any) -> None:
+    """Refuse options that generate cannot take: see its Raises."""
+    for name, value in (("max_length", max_length), ("beam", beam)):
+        try:
+            whole = operator.index(value)  # an int of any library
+        except TypeError:
+            whole = None
+        if whole is None or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if whole < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    if not 0 <= float(temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if beam > 1 and float(temperature) > 0:
+        raise ValueError(f"beam search draws nothing: got {beam=} and {temperature=}")
 
 
 def best_continuations(total: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +104,8 @@ def generate(
 ) -> Generated:
     """Write a sequence for each row, until its end symbol or max_length symbols.
 
+    The caller puts the model in eval mode (`evaluating`).
+
     Args:
         next_symbol: one step of the model.
         conditions: what the model is given at each step, beside the symbol before.
@@ -78,15 +118,11 @@ def generate(
         generator: of the draws, on the device of the conditions; torch's own if None.
 
     Raises:
-        ValueError: max_length or beam below 1, a temperature that is negative or not finite, or
-            a beam wider than 1 with a temperature.
+        TypeError: max_length or beam is not an int, or temperature is not a number.
+        ValueError: max_length or beam is below 1, the temperature is negative or not finite, a
+            beam wider than 1 comes with a temperature, or the model's logits are NaN.
     """
-    if max_length < 1 or beam < 1:
-        raise ValueError(f"max_length and beam must be at least 1, got {max_length} and {beam}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-    if beam > 1 and temperature > 0:
-        raise ValueError(f"beam search draws nothing: got {beam=} and {temperature=}")
+    check_options(max_length, beam, temperature)
     B, K, device = len(conditions), beam, conditions.device
     conditions = conditions.repeat_interleave(K, 0)
     first_rows = K * torch.arange(B, device=device)[:, None]
@@ -97,13 +133,18 @@ def generate(
     score = torch.full((B, K), -math.inf, dtype=dtype, device=device)
     score[:, 0] = 0
     state: State | None = None
-    # What is not ended can only lose: a row is done when its best beam is.
+    # A score can only fall: a row is done when its best beam has ended.
     while len(written) < max_length and not ended.gather(1, score.argmax(1, True)).all():
         logits, state = next_symbol(conditions, written[-1] if len(written) else None, state)
         log_p = logits.to(dtype).log_softmax(1).view(B, K, -1)
-        # What has ended goes on with the end symbol, at no cost.
+        # A row that has ended goes on with the end symbol, at no cost.
         log_p = log_p.masked_fill(ended.unsqueeze(2), -math.inf)
         log_p[..., end].masked_fill_(ended, 0)
+        if log_p.isnan().any():
+            raise ValueError(
+                f"the model's logits give no probabilities at step {len(written)}: they hold NaN "
+                "or +inf, or nothing but -inf. Are its weights finite?"
+            )
         total = score.unsqueeze(2) + log_p
         if temperature > 0:
             parent, symbol = draw(log_p, temperature, generator)

@@ -2,20 +2,23 @@
 and the read-out y_t = W_hy h_t.
 
     OneToOne        one input, one output, one step: a plain network
-    OneToMany       an input conditions a sequence that the model writes: captioning
+    OneToMany       one input gives a sequence that the model writes: captioning
     ManyToOne       a sequence gives one label: sentiment
-    EncoderDecoder  a sequence is read, then another one is written: translation
+    EncoderDecoder  the model reads a sequence, then writes another one: translation
     ManyToMany      an output at each step: labelling every video frame
 
-Sequences are time-major, (T, B, ...), as the default of torch.nn.RNN. In the drawings time runs
-from left to right, `->` is W_hh, and an input goes up through W_ih, a state up through W_hy.
+Sequences are time-major, (T, B, ...), as by default in torch.nn.RNN. In the drawings time runs
+from left to right, `->` is W_hh, an input goes up through W_ih, and a state goes up through W_hy.
 
 Arguments that all constructors share:
-    cell: "rnn_tanh" or "rnn_relu", a name in rnn.modules.MODULES.
-    embedding: None for inputs that are vectors of input_size features, which W_ih takes as they
-        are; a width for inputs that are symbols, int64 in [0, input_size), which are embedded into
-        vectors of that width first.
-    num_layers, bidirectional, dropout, bias, backend, device, dtype: as of rnn.RNN.
+    cell: a name in rnn.modules.MODULES, such as "rnn_tanh" or "rnn_relu".
+    embedding: None if the inputs are vectors of input_size features. A width if they are symbols,
+        int64 in [0, input_size): each is then embedded into a vector of that width.
+    num_layers, bidirectional, dropout, bias, backend, device, dtype: as in rnn.RNN.
+
+`loss` is a mean over what is to be predicted. Where nothing is, it is 0, with zero gradients.
+`OneToMany` and `EncoderDecoder` have `generate`, which runs the model in eval mode and leaves each
+of its modules in the mode that it was in.
 """
 
 from typing import Any
@@ -25,23 +28,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import check_lengths
-from .generation import Generated, State, generate
+from .generation import Generated, State, evaluating, generate
 from .modules import MODULES
 from .recurrent import Recurrent
 
-IGNORED = -100  # a label that is none: the loss leaves it out
+IGNORED = -100  # a label that the loss leaves out
 
 
 def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> Recurrent:
     if cell not in MODULES:
         raise ValueError(f"cell must be one of {sorted(MODULES)}, got {cell!r}")
     if options.get("batch_first"):
-        raise ValueError("the patterns take (T, B, ...): batch_first is not for them")
+        raise ValueError("the patterns take (T, B, ...): batch_first is not supported")
     return MODULES[cell](input_size, hidden_size, **options)
 
 
 def placement(options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of a recurrent module, those that go for every layer."""
+    """Those options of a recurrent module that the other layers take too."""
     return {name: options[name] for name in ("device", "dtype") if name in options}
 
 
@@ -52,18 +55,19 @@ def input_layer(input_size: int, embedding: int | None, options: dict[str, Any])
 
 
 def final_hidden(state: State, directions: int) -> Tensor:
-    """h of the last layer after a row's last step, (B, D * H): its directions side by side."""
+    """h of the last layer after each row's last step, (B, D * H): both directions side by side."""
     h_n = state if isinstance(state, Tensor) else state[0]
     return torch.cat(h_n[-directions:].unbind(0), 1)
 
 
-def behind_the_ends(lengths: Tensor, T: int) -> Tensor:
-    """(T, B) bool: where a row of this length has ended."""
+def past_the_ends(lengths: Tensor, T: int) -> Tensor:
+    """(T, B) bool: True at the steps past each row's length."""
     return torch.arange(T, device=lengths.device)[:, None] >= lengths
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not IGNORED, in nats, in float32 or better.
+    """Mean over the labels that are not IGNORED, in nats, in float32 or better: 0, with zero
+    gradients, if there is none.
 
     Raises ValueError unless labels have the shape of logits without their last dimension.
     """
@@ -73,11 +77,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
             f"for logits {tuple(logits.shape)}"
         )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    labels = labels.flatten()
+    # Not the mean of torch: over no label that is 0 / 0.
+    total = F.cross_entropy(logits.flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum")
+    return total / labels.ne(IGNORED).sum().clamp(min=1)
 
 
 class Pattern(nn.Module):
-    """What a pattern with one recurrent module is made of: input, recurrence, read-out."""
+    """The parts of a pattern with one recurrent module: input, recurrence, read-out."""
 
     def __init__(
         self,
@@ -97,7 +104,7 @@ class Pattern(nn.Module):
 
 
 class OneToOne(Pattern):
-    """One input, one output, one step: with its zero initial state, a plain network.
+    """One input, one output, one step from a zero state: a plain network.
 
     y
     ^
@@ -117,7 +124,7 @@ class OneToOne(Pattern):
 
 
 class ManyToOne(Pattern):
-    """A sequence gives one label. It may be bidirectional: each direction's last state is read.
+    """A sequence gives one label. A bidirectional model reads the last state of each direction.
 
                 y
                 ^
@@ -129,7 +136,7 @@ class ManyToOne(Pattern):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x (T, B, input_size), or symbols (T, B) -> logits (B, outputs).
 
-        lengths (B,): row b ends after lengths[b] steps; a row of length 0 has logits 0.
+        lengths (B,): row b ends after lengths[b] steps. A row of length 0 has logits 0.
         """
         _, state = self.rnn(self.embedding(x), lengths=lengths)
         return self.readout(final_hidden(state, self.rnn.directions))
@@ -140,8 +147,8 @@ class ManyToOne(Pattern):
 
 
 class ManyToMany(Pattern):
-    """An output at each step. Bidirectional, an output sees the whole sequence; else its past,
-    and then the sequence may come in pieces (`stream`).
+    """An output at each step. In a bidirectional model it depends on the whole sequence. Otherwise
+    it depends on the steps so far, and the sequence may come in pieces (`stream`).
 
         y1    y2    y3
         ^     ^     ^
@@ -153,7 +160,7 @@ class ManyToMany(Pattern):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x (T, B, input_size), or symbols (T, B) -> logits (T, B, outputs).
 
-        lengths (B,): row b ends after lengths[b] steps; behind its end its logits are 0.
+        lengths (B,): row b ends after lengths[b] steps. Past its end its logits are 0.
         """
         output, _ = self.rnn(self.embedding(x), lengths=lengths)
         return self.readout(output)
@@ -161,10 +168,11 @@ class ManyToMany(Pattern):
     def stream(
         self, x: Tensor, state: State | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """The next piece of a sequence, one step or many: logits, and the state for the piece
-        after it. state (L, B, H): zero if None.
+        """Logits of the next piece of a sequence, one step or many, and the state after it, which
+        the next call takes. state: (L, B, H), or a tuple of such for a cell with several states;
+        zeros if None.
 
-        Raises ValueError for a bidirectional model, whose outputs need the steps to come.
+        Raises ValueError for a bidirectional model, whose outputs need the later steps.
         """
         if self.rnn.bidirectional:
             raise ValueError("a bidirectional model cannot stream: its outputs need later steps")
@@ -175,13 +183,13 @@ class ManyToMany(Pattern):
         """Mean cross-entropy of labels (T, B) over the steps before the ends, in nats."""
         logits = self(x, lengths)
         if lengths is not None:
-            ended = behind_the_ends(lengths.to(labels.device), len(labels))
+            ended = past_the_ends(lengths.to(labels.device), len(labels))
             labels = labels.masked_fill(ended, IGNORED)
         return cross_entropy(logits, labels)
 
 
 class OneToMany(nn.Module):
-    """An input conditions a sequence of symbols that the model writes until the end symbol.
+    """The model writes a sequence of symbols, conditioned on one input, until the end symbol.
 
         y1    y2    end
         ^     ^     ^
@@ -189,13 +197,13 @@ class OneToMany(nn.Module):
         ^     ^     ^
         c     c+y1  c+y2        c = W_c x + b, and y the embedding of a symbol
 
-    c comes in at every step, so that the state need not remember it (Cho et al., Learning phrase
+    c is an input of every step, so that the state need not remember it (Cho et al., Learning phrase
     representations using RNN encoder-decoder, 2014, arXiv 1406.1078).
 
     Args:
         input_size, hidden_size: of the conditioning input x, and of the recurrent module.
         outputs: the number of symbols, the end symbol among them.
-        end: the symbol that ends a sequence. It is added here: it is in no target.
+        end: the symbol that ends a sequence. This class adds it: targets do not hold it.
         symbol_size: features of c and of an embedded symbol.
     """
 
@@ -215,7 +223,7 @@ class OneToMany(nn.Module):
         if not 0 <= end < outputs:
             raise ValueError(f"end must lie in [0, {outputs}), got {end}")
         if options.get("bidirectional"):
-            raise ValueError("what is being written has no later steps: bidirectional cannot be")
+            raise ValueError("a model that writes has no later steps to read: got bidirectional")
         self.end = end
         place = placement(options)
         self.embedding = input_layer(input_size, embedding, options)
@@ -225,11 +233,11 @@ class OneToMany(nn.Module):
         self.readout = nn.Linear(hidden_size, outputs, bias=False, **place)
 
     def forward(self, x: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Teacher forcing: the logits of each symbol when those before it are the targets'.
+        """Teacher forcing: the logits of each symbol, given the targets before it.
 
         x (B, input_size), or symbols (B,); targets (T, B), without the end symbol; lengths (B,)
-        of the targets, T if None -> logits (T + 1, B, outputs), of which step lengths[b] is that
-        of the end symbol; those behind it are 0.
+        of the targets, T if None -> logits (T + 1, B, outputs). Step lengths[b] predicts the end
+        symbol of row b; the logits past it are 0.
         """
         if targets.dim() != 2 or targets.size(1) != len(x):
             raise RuntimeError(f"targets must be (T, {len(x)}), got {tuple(targets.shape)}")
@@ -237,29 +245,31 @@ class OneToMany(nn.Module):
         if lengths is not None:
             check_lengths(lengths, T, B)
             lengths = lengths.to(targets.device)
-            targets = targets.masked_fill(behind_the_ends(lengths, T), self.end)
+            targets = targets.masked_fill(past_the_ends(lengths, T), self.end)
             lengths = lengths + 1  # the step that writes the end symbol
         before = F.pad(self.symbols(targets), (0, 0, 0, 0, 1, 0))  # nothing before the first step
         output, _ = self.rnn(self.condition(self.embedding(x)) + before, lengths=lengths)
         return self.readout(output)
 
     def loss(self, x: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy over the targets and their end symbols, in nats. Args of forward."""
+        """Mean cross-entropy over the targets and their end symbols, in nats. Takes the arguments
+        of forward."""
         logits = self(x, targets, lengths)
         T, B = targets.shape
         ends = targets.new_full((B,), T) if lengths is None else lengths.to(targets.device)
         labels = F.pad(targets, (0, 0, 0, 1), value=self.end)
-        labels = labels.masked_fill(behind_the_ends(ends, T + 1), self.end)
-        return cross_entropy(logits, labels.masked_fill(behind_the_ends(ends + 1, T + 1), IGNORED))
+        labels = labels.masked_fill(past_the_ends(ends, T + 1), self.end)
+        return cross_entropy(logits, labels.masked_fill(past_the_ends(ends + 1, T + 1), IGNORED))
 
     @torch.no_grad()
     def generate(self, x: Tensor, **how: Any) -> Generated:
         """Write a sequence for each row of x (B, input_size), or symbols (B,).
 
-        how: max_length, beam, temperature and generator of rnn.generation.generate, which says
-        what they mean, what comes back and what is raised.
+        how: max_length, beam, temperature and generator, as in rnn.generation.generate, which
+        documents them, the result and the errors.
         """
-        return generate(self._next, self.condition(self.embedding(x)), end=self.end, **how)
+        with evaluating(self):
+            return generate(self._next, self.condition(self.embedding(x)), end=self.end, **how)
 
     def _next(self, c: Tensor, before: Tensor | None, state: State | None) -> tuple[Tensor, State]:
         step = c if before is None else c + self.symbols(before)
@@ -268,8 +278,8 @@ class OneToMany(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """A sequence is read, then another one is written: many-to-one, then one-to-many. The encoder
-    may be bidirectional.
+    """The encoder reads a sequence, then the decoder writes another one: many-to-one, then
+    one-to-many. The encoder may be bidirectional.
 
                           y1    y2    end
                           ^     ^     ^
@@ -280,7 +290,7 @@ class EncoderDecoder(nn.Module):
     Args:
         input_size: of x; see the top of this file for `embedding`.
         hidden_size, num_layers, dropout, cell: of the encoder and of the decoder.
-        outputs, end, symbol_size: as of OneToMany, which is the decoder.
+        outputs, end, symbol_size: of the decoder, a OneToMany.
     """
 
     def __init__(
@@ -322,8 +332,8 @@ class EncoderDecoder(nn.Module):
         lengths: Tensor | None = None,
         target_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Teacher forcing: x as of encode, targets and target_lengths as of OneToMany.forward
-        -> logits (T + 1, B, outputs), T that of targets."""
+        """Teacher forcing: x and lengths as in encode, targets and target_lengths as targets and
+        lengths in OneToMany.forward -> logits (T + 1, B, outputs) for targets (T, B)."""
         return self.decoder(self.encode(x, lengths), targets, target_lengths)
 
     def loss(
@@ -338,5 +348,6 @@ class EncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, x: Tensor, lengths: Tensor | None = None, **how: Any) -> Generated:
-        """Read x, then write; how: as of OneToMany.generate."""
-        return self.decoder.generate(self.encode(x, lengths), **how)
+        """Read x and write a sequence for each row; how: as in OneToMany.generate."""
+        with evaluating(self):
+            return self.decoder.generate(self.encode(x, lengths), **how)

@@ -1,22 +1,29 @@
-"""The character language model: what it reads, how it learns, what it reports and saves."""
+"""The character language model: how it learns, what it reports and saves."""
 
 import math
 import os
 import signal
-from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 import torch
+from commands import TEXT
 
-from rnn.jobs import charlm, cli
-from rnn.jobs.charlm import CHUNK, ROWS, Settings, Trainer
-from rnn.jobs.corpus import Corpus, count_models, read_text, streams
-from rnn.patterns import IGNORED
+from rnn.jobs import charlm
+from rnn.jobs.checkpoint import format_of, load_checkpoint
+from rnn.jobs.corpus import Corpus
+from rnn.jobs.interrupts import interrupts_held
+from rnn.jobs.language_model import (
+    CHUNK,
+    ROWS,
+    Settings,
+    Trainer,
+    evaluate,
+    learning_rate,
+    make_model,
+    sample,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TEXT = "".join(f"{n} times {n} is {n * n};\n" for n in range(700))
 
 SMALL = Settings(hidden_size=16, backend="torch")
 
@@ -28,7 +35,7 @@ def corpus():
 
 def trainer(corpus, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    return Trainer(charlm.make_model(corpus.symbols, SMALL).to(dtype), corpus.train)
+    return Trainer(make_model(corpus.symbols, SMALL).to(dtype), corpus.train)
 
 
 def with_memory(trainer):
@@ -41,37 +48,8 @@ def with_memory(trainer):
 
 def steps(trainer, count, of):
     for step in range(len(trainer.losses), len(trainer.losses) + count):
-        trainer.step(charlm.learning_rate(step / of))
+        trainer.step(learning_rate(step / of))
     return trainer
-
-
-# What it reads
-
-
-def test_the_last_5_percent_are_held_out_and_their_new_characters_are_one_symbol():
-    corpus = Corpus.of("ab" * 950 + "é" + "ab" * 49 + "a")
-    assert (len(corpus.train), len(corpus.heldout)) == (1900, 100)
-    assert corpus.characters == "ab" and corpus.symbols == 3
-    assert corpus.train[:4].tolist() == [1, 2, 1, 2]
-    assert corpus.heldout[:3].tolist() == [0, 1, 2]
-
-
-def test_a_character_seen_once_in_training_is_the_other_symbol_too():
-    corpus = Corpus.of("ab" * 500 + "é" + "ab" * 500)
-    assert corpus.characters == "ab" and corpus.train[1000] == 0
-
-
-@pytest.mark.parametrize("length", [2, 3, 32, 33, 34, 100])
-def test_streams_are_contiguous_and_each_character_is_a_target_once(length):
-    text = torch.arange(length)
-    inputs, targets = streams(text, rows=3)
-    assert targets.t().flatten()[: length - 1].tolist() == list(range(1, length))
-    assert (targets.t().flatten()[length - 1 :] == IGNORED).all()
-    assert torch.equal(inputs[targets != IGNORED] + 1, targets[targets != IGNORED])
-
-
-def test_the_default_text_is_the_standard_library():
-    assert Path(os.__file__).read_text(encoding="utf-8") in read_text(None)
 
 
 # How it learns
@@ -81,7 +59,7 @@ def test_the_state_is_carried_from_chunk_to_chunk(corpus):
     trained = with_memory(trainer(corpus))
     trained.step(rate=0.0)
     trained.step(rate=0.0)
-    _, state = trained.model.stream(trained.inputs[: 2 * CHUNK])
+    _, state = trained.model.stream(trained.inputs[: 2 * CHUNK].long())
     torch.testing.assert_close(trained.state, state.detach())
     assert not trained.state.requires_grad
 
@@ -92,12 +70,12 @@ def test_at_the_end_of_the_text_it_starts_again_from_a_zero_state(corpus):
     for _ in range(chunks + 1):
         trained.step(rate=0.0)
     assert trained.losses[-1] == pytest.approx(trained.losses[0])
-    _, state = trained.model.stream(trained.inputs[:CHUNK])
+    _, state = trained.model.stream(trained.inputs[:CHUNK].long())
     torch.testing.assert_close(trained.state, state.detach())
 
 
 def test_the_learning_rate_ends_at_zero():
-    rates = [charlm.learning_rate(step / 1000) for step in range(1001)]
+    rates = [learning_rate(step / 1000) for step in range(1001)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
@@ -119,9 +97,9 @@ def test_a_seed_and_a_number_of_steps_decide_everything(corpus):
     for name, weight in one.masters.items():
         assert torch.equal(weight, same.masters[name]), name
     torch.manual_seed(3)
-    written = charlm.sample(one.model, corpus, 50)
+    written = sample(one.model, corpus.characters, 50)
     torch.manual_seed(3)
-    assert written == charlm.sample(same.model, corpus, 50)
+    assert written == sample(same.model, corpus.characters, 50)
 
 
 def test_it_goes_on_with_as_many_threads_as_were_faster(corpus, monkeypatch):
@@ -137,7 +115,7 @@ def test_it_goes_on_with_as_many_threads_as_were_faster(corpus, monkeypatch):
             trained.seconds = before + (2.0 if used[-1] == slow else 1.0)
 
         monkeypatch.setattr(trained, "step", slower)
-        charlm.choose_threads(trained, rate=1e-3)
+        charlm.choose_threads(trained, rate=1e-3, ended=lambda: False)
         assert used == [3, 3, 1, fast] and len(trained.losses) == 2 * (1 + charlm.TRIAL)
 
 
@@ -157,38 +135,13 @@ def test_heldout_bits_are_those_of_streams_that_carry_their_state():
             logits, _ = model.stream(stretch[:-1])
             chosen = logits.log_softmax(-1).gather(-1, stretch[1:].unsqueeze(-1))
             bits -= chosen.sum().item() / math.log(2)
-    assert charlm.evaluate(model, corpus) == pytest.approx(bits / len(corpus.heldout), rel=1e-4)
+    assert evaluate(model, corpus) == pytest.approx(bits / len(corpus.heldout), rel=1e-4)
 
 
 def test_an_untaught_readout_costs_the_bits_of_its_symbols(corpus):
     model = trainer(corpus).model
     torch.nn.init.zeros_(model.readout.weight)
-    assert charlm.evaluate(model, corpus) == pytest.approx(math.log2(corpus.symbols))
-
-
-def witten_bell(train, heldout, symbols, order):
-    """The count model of one order, with dictionaries: bits per character."""
-    count = defaultdict(Counter)
-    for n in range(order + 1):
-        for i in range(n, len(train)):
-            count[train[i - n : i]][train[i]] += 1
-
-    def p(context, c):
-        below = 1 / symbols if not context else p(context[1:], c)
-        seen = count[context]
-        if not seen:
-            return below
-        return (seen[c] + len(seen) * below) / (seen.total() + len(seen))
-
-    text = train + heldout
-    places = range(len(train), len(text))
-    return -sum(math.log2(p(text[i - order : i], text[i])) for i in places) / len(heldout)
-
-
-def test_count_models_agree_with_dictionaries(corpus):
-    train, heldout = map(tuple, (corpus.train.tolist(), corpus.heldout.tolist()))
-    expected = [witten_bell(train, heldout, corpus.symbols, order) for order in range(4)]
-    assert count_models(corpus) == pytest.approx(expected)
+    assert evaluate(model, corpus) == pytest.approx(math.log2(corpus.symbols))
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
@@ -200,8 +153,8 @@ def test_an_interrupt_waits_for_the_end_of_the_step(corpus):
         return 0.5
 
     before = signal.getsignal(signal.SIGINT)
-    with cli.interrupts_held() as interrupted:
-        charlm.train(trained, spent, interrupted)
+    with pytest.raises(KeyboardInterrupt), interrupts_held() as interrupted:
+        charlm.train(trained, spent, interrupted.is_set)
     assert interrupted.is_set() and signal.getsignal(signal.SIGINT) is before
     assert len(trained.losses) in (2, 3) and trained.position == len(trained.losses) * CHUNK
 
@@ -215,9 +168,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus, tmp_path, dtype
     whole = steps(trainer(corpus, dtype), 8, of=8)
 
     saved = steps(trainer(corpus, dtype), 4, of=8).state_dict()
-    cli.save_checkpoint({"format": cli.format_of("charlm"), **saved}, path)
+    torch.save({"format": format_of("charlm"), "settings": {}, **saved}, path)
     resumed = trainer(corpus, dtype, seed=1)
-    resumed.load_state_dict(cli.load_checkpoint(path, "charlm"))
+    resumed.load_state_dict(load_checkpoint(path, "charlm"))
     steps(resumed, 4, of=8)
 
     assert resumed.losses == whole.losses
@@ -228,7 +181,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(corpus, tmp_path, dtype
 
 
 def test_the_generator_goes_on_too(corpus):
-    trained = trainer(corpus)
+    trained = steps(trainer(corpus), 1, of=1)
     saved = trained.state_dict()
     drawn = torch.rand(3)
     trained.load_state_dict(saved)

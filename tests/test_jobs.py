@@ -15,6 +15,7 @@ import torch
 import rnn
 from rnn.__main__ import main
 from rnn.jobs import cli, digits, inspection, numbers, training
+from rnn.jobs.checkpoint import load_checkpoint
 from rnn.jobs.digits import DigitOfRows
 from rnn.jobs.numbers import in_words
 
@@ -225,9 +226,10 @@ def test_a_run_leaves_a_checkpoint_and_a_picture_that_inspect_reads(job, tmp_pat
 def test_a_checkpoint_gives_the_model_back(job, made, tmp_path):
     settings = replace(job.defaults, steps=5, hidden_size=9, cell="rnn_relu")
     training.run(made[job.name], settings, tmp_path)
-    checkpoint = cli.load_checkpoint(tmp_path / cli.CHECKPOINT, job.name)
+    path = tmp_path / cli.CHECKPOINT
+    checkpoint = load_checkpoint(path, job.name)
     assert len(checkpoint["losses"]) == 5
-    model, example = training.restore(job, checkpoint)
+    model, example = training.restore(job, checkpoint, path)
     again = model_of(made[job.name], steps=5, hidden_size=9, cell="rnn_relu")
     training.fit(made[job.name], again, 5)
     assert torch.equal(model(*example.args), again(*example.args))
@@ -247,7 +249,7 @@ def test_an_interrupt_leaves_a_checkpoint(made, tmp_path, monkeypatch, capsys):
     assert main([job.name, "--steps", "50", "--out", str(tmp_path)]) == 130
     path = tmp_path / cli.CHECKPOINT
     assert capsys.readouterr().err.endswith(f"interrupted; the checkpoint is {path}\n")
-    assert 3 <= len(cli.load_checkpoint(path, job.name)["losses"]) < 50
+    assert 3 <= len(load_checkpoint(path, job.name)["losses"]) < 50
 
 
 @pytest.mark.parametrize(
@@ -331,6 +333,39 @@ def test_inspect_reads_what_it_is_given(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(path), "--text", ""])
     assert "--text is empty" in capsys.readouterr().err
+
+
+def test_a_long_text_is_a_picture_of_bounded_size(tmp_path, capsys, monkeypatch):
+    """Some versions of matplotlib draw no picture of more than 2^16 pixels a side."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} and {n + 1};\n" for n in range(400)))
+    where = ["--out", str(tmp_path), "--backend", "torch", "--hidden-size", "4"]
+    assert main(["--text", str(text), "--seconds", "0.1", *where]) == 0
+    sizes = []
+    write = inspection.write_figure
+
+    def spy(path, figure, dpi):
+        sizes.append(tuple(figure.get_size_inches()))
+        write(path, figure, dpi)
+
+    monkeypatch.setattr(inspection, "write_figure", spy)
+    path = str(tmp_path / cli.CHECKPOINT)
+    assert main(["inspect", path, "--text", "12 and $3$" * 750]) == 0
+    assert " at 999" in capsys.readouterr().out  # of 7,499
+    assert sizes[0] == (0.13 * inspection.STEPS_SHOWN, 6.0)
+    monkeypatch.setattr(inspection, "LARGEST", 5.0)
+    assert main(["inspect", path, "--text", "12 and 13;" * 3]) == 0
+    assert len(sizes) == 6 and max(max(size) for size in sizes[3:]) <= 7.0
+    assert sizes[3] == (5.0, 5.0) and 80 * inspection.STEPS_SHOWN * 0.13 < 2**16
+
+
+def test_the_gradient_of_a_long_text_is_followed_back_from_its_end(monkeypatch):
+    module, x = one_layer("rnn_tanh", torch.randn(4, 4), 12)
+    (whole,) = inspection.look("m", module, x, "abcdefghijkl")
+    monkeypatch.setattr(inspection, "REACH", 5)
+    (layer,) = inspection.look("m", module, x, "abcdefghijkl")
+    assert layer.output.shape == (12, 4) and layer.gradient.shape == (5,)
+    torch.testing.assert_close(layer.gradient, whole.gradient[-5:])
 
 
 def test_text_is_for_the_language_model(tmp_path, made, capsys):

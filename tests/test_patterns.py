@@ -1,5 +1,6 @@
 """The five sequence patterns: what comes out, what is learned from, what is written."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import rnn
 from rnn.generation import best_continuations
-from rnn.patterns import IGNORED
+from rnn.patterns import IGNORED, cross_entropy
 
 I, H, V = 5, 7, 6  # input features, hidden units, symbols or labels
 T, B = 6, 4
@@ -185,6 +186,33 @@ def test_every_weight_learns(pattern, cell):
     model.loss(x, labels, LENGTHS).backward()
     for name, weight in model.named_parameters():
         assert weight.grad.any(), name
+
+
+def test_a_loss_is_the_mean_over_the_labels_that_count():
+    logits, labels = torch.randn(5, 3, V), symbols(5, 3, low=0)
+    labels[1:3, 0] = labels[4] = IGNORED
+    pairs = [(tuple(at), int(labels[tuple(at)])) for at in (labels != IGNORED).nonzero().tolist()]
+    torch.testing.assert_close(cross_entropy(logits, labels), mean_nats(logits, pairs))
+
+
+NOTHING = {  # where nothing is to be predicted
+    "labels": (rnn.ManyToMany, lambda m, x: m.loss(x, torch.full((T, B), IGNORED))),
+    "lengths": (rnn.ManyToMany, lambda m, x: m.loss(x, symbols(T, B), torch.zeros(B).long())),
+    "label": (rnn.ManyToOne, lambda m, x: m.loss(x, torch.full((B,), IGNORED))),
+    "step": (rnn.OneToOne, lambda m, x: m.loss(x[0], torch.full((B,), IGNORED))),
+    "no-rows": (rnn.OneToOne, lambda m, x: m.loss(x[0, :0], symbols(0))),
+}
+
+
+@pytest.mark.parametrize("form", [FORMS["symbols"], FORMS["deep"]], ids=["symbols", "deep"])
+@pytest.mark.parametrize("pattern, loss_of", NOTHING.values(), ids=NOTHING)
+def test_the_loss_of_nothing_is_zero_and_so_are_its_gradients(pattern, loss_of, form):
+    model = make(pattern, form)
+    loss = loss_of(model, inputs(form, T, B))
+    loss.backward()
+    assert loss.item() == 0
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None and not weight.grad.any(), name
 
 
 # Streaming
@@ -372,6 +400,68 @@ def test_an_empty_batch_writes_nothing():
     assert [tuple(x.shape) for x in got] == [(0, 0), (0,), (0,)]
 
 
+@pytest.mark.parametrize("pattern", [rnn.OneToMany, rnn.EncoderDecoder])
+@pytest.mark.parametrize("how", [{}, {"beam": 3}], ids=str)
+def test_dropout_does_nothing_where_a_model_writes(pattern, how):
+    model = make(pattern, {"num_layers": 3, "dropout": 0.5}, scale=3)
+    x = inputs({}, B) if pattern is rnn.OneToMany else inputs({}, T, B)
+    got = [model.generate(x, max_length=5, **how) for _ in range(3)]
+    want = model.eval().generate(x, max_length=5, **how)
+    assert all(torch.equal(one.symbols, want.symbols) for one in got)
+    assert all(torch.equal(one.scores, want.scores) for one in got)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_module_is_in_its_own_mode_after_writing(fails):
+    model = make(rnn.EncoderDecoder, {})
+    model.decoder.symbols.eval()  # as where some layers are frozen
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    with contextlib.nullcontext() if not fails else pytest.raises(ValueError):
+        model.generate(inputs({}, T, B), max_length=0 if fails else 3)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+class Says(torch.nn.Module):
+    """A read-out that has the given logits at each step in turn."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = iter(logits)
+
+    def forward(self, h):
+        return torch.tensor(next(self.logits)).double().expand(len(h), -1)
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("how", [{}, {"beam": 3}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [math.nan] * V,
+        [0.0, 0.0, math.nan, 0.0, 0.0, 0.0],
+        [0.0, 0.0, INF, 0.0, 0.0, 0.0],
+        [-INF] * V,
+    ],
+    ids=["nan", "one-nan", "inf", "no-symbol"],
+)
+def test_a_model_that_gives_no_probabilities_writes_nothing(how, bad):
+    model = make(rnn.OneToMany, {})
+    model.readout = Says([-9.0] + [0.0] * (V - 1), bad)
+    with pytest.raises(ValueError, match="no probabilities at step 1"):
+        model.generate(inputs({}, B), max_length=4, **how)
+
+
+@pytest.mark.parametrize("how", [{}, {"beam": 3}, {"temperature": 1.0}], ids=str)
+def test_a_symbol_may_be_made_impossible(how):
+    model = make(rnn.OneToMany, {})
+    model.readout = Says(*[[-INF, 0.0, -INF, 0.0, -INF, -INF]] * 4)
+    got = model.generate(inputs({}, B), max_length=4, **how)
+    assert got.symbols.unique().tolist() in ([1], [1, 3]) and got.scores.isfinite().all()
+
+
 # On the kernels
 
 
@@ -433,7 +523,7 @@ MANY, WRITER = (rnn.ManyToMany, rnn.OneToMany)
     "options, says",
     [
         ({"cell": "elman"}, "cell must be one of"),
-        ({"batch_first": True}, "batch_first is not for them"),
+        ({"batch_first": True}, "batch_first is not supported"),
         ({"backend": "cudnn"}, "backend must be one of"),
     ],
     ids=["cell", "batch_first", "backend"],
@@ -476,6 +566,25 @@ REFUSED = {
     "no-steps": (RuntimeError, "larger than 0", lambda m, w: m(inputs({}, 0, B))),
     "input-size": (RuntimeError, "must be equal", lambda m, w: m(inputs({}, T, B)[..., :3])),
     "dtype": (ValueError, "dtype", lambda m, w: m(inputs({}, T, B).float())),
+    **{
+        f"{name}-{value}": (
+            TypeError,
+            f"{name} must be an int, got ",
+            lambda m, w, name=name, value=value: w.generate(
+                inputs({}, B), **{"max_length": 2, name: value}
+            ),
+        )
+        for name in ("max_length", "beam")
+        for value in (2.5, 2.0, math.inf, math.nan, True, "2", None)
+    },
+    **{
+        f"temperature-{value}": (
+            TypeError,
+            "temperature must be a number, got ",
+            lambda m, w, value=value: w.generate(inputs({}, B), max_length=2, temperature=value),
+        )
+        for value in ("1", None, True, 1j)
+    },
     "max-length": (ValueError, "at least 1", lambda m, w: w.generate(inputs({}, B), max_length=0)),
     "beam": (
         ValueError,
@@ -486,6 +595,11 @@ REFUSED = {
         ValueError,
         "finite and at least 0",
         lambda m, w: w.generate(inputs({}, B), max_length=2, temperature=-1.0),
+    ),
+    "temperature-inf": (
+        ValueError,
+        "finite and at least 0",
+        lambda m, w: w.generate(inputs({}, B), max_length=2, temperature=math.inf),
     ),
     "temperature-nan": (
         ValueError,

@@ -1,4 +1,4 @@
-"""What `python -m rnn` runs: a language model, the five patterns, and a look inside.
+"""The commands of `python -m rnn`: a language model, the five patterns, and a look inside.
 
 Only this file is read before a command is chosen: the others need matplotlib and more.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 class Command(NamedTuple):
     module: str  # of this folder; its main(name, argv) runs the command
     about: str
+    trains: bool = True  # and leaves a checkpoint; else it reads one
 
 
 COMMANDS = {
@@ -18,5 +19,6 @@ COMMANDS = {
     "many-to-one": Command("digits", "the rows of an image, one by one -> which digit it is"),
     "many-to-many": Command("digits", "a video of digits -> at each frame, the largest so far"),
     "encoder-decoder": Command("numbers", "a number in words -> the same in digits"),
-    "inspect": Command("inspection", "a checkpoint -> pictures of what its units do"),
+    "sample": Command("sampling", "a checkpoint of charlm -> a text that it writes", trains=False),
+    "inspect": Command("inspection", "a checkpoint -> pictures of what its units do", trains=False),
 }

@@ -1,45 +1,75 @@
-"""What the commands share: how arguments are parsed and refused, and what a run leaves behind."""
+"""The command line of all commands: how arguments are parsed, and how a command ends."""
 
 import argparse
 import math
 import os
-import pickle
-import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any, NoReturn
-from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from .interrupts import Raising, handled_by
+
 CHECKPOINT = "checkpoint.pt"
+SAVE_EVERY = 30.0  # seconds
 
 
 class JobError(Exception):
-    """What was asked for cannot be done; the first line of the message says why."""
+    """A command cannot do what was asked; the first line of the message says why."""
 
     def __str__(self) -> str:
         return super().__str__().splitlines()[0]
 
 
+class Stderr:
+    """Standard error, as long as somebody reads it: a training does not end with its terminal."""
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stderr.write(text) if sys.stderr else 0
+        except (OSError, ValueError):  # a broken pipe, a terminal that hung up, a closed file
+            return 0
+
+    def flush(self) -> None:
+        try:
+            if sys.stderr:
+                sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # as in write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.flags: dict[str, argparse.Action] = {}  # those of `add`, by the setting's name
+
     def error(self, message: str) -> NoReturn:
         """One line on stderr, without the usage, and exit status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
     def add(self, name: str, help: str, default: object, **how: Any) -> None:
-        """A flag for a setting. One that is left out is absent from the result: what it is then,
-        a checkpoint or the defaults say."""
+        """A flag for a setting. If it is left out, it is absent from the result: a checkpoint or
+        the defaults then give the value."""
         flag, help = "--" + name.replace("_", "-"), f"{help} (default: {default})"
-        self.add_argument(flag, help=help, **{"default": argparse.SUPPRESS, **how})
+        self.flags[name] = self.add_argument(
+            flag, help=help, **{"default": argparse.SUPPRESS, **how}
+        )
 
     def add_out(self, out: Path, help: str) -> None:
         self.add("out", help, out, type=Path, metavar="DIR")
         self.set_defaults(out=out)
+
+    def add_saving(self) -> None:
+        """The flags that say when a checkpoint is saved."""
+        every = "between the checkpoints while it trains; one more is saved at the end"
+        self.add("save_every", every, SAVE_EVERY, type=duration, metavar="S")
+        overwrite = "replace the checkpoint in --out, if there is one"
+        self.add("overwrite", overwrite, "keep it as checkpoint-1.pt", action="store_true")
 
     def add_where(self) -> None:
         """The flags that say where it runs."""
@@ -47,6 +77,22 @@ class Parser(argparse.ArgumentParser):
         self.add(
             "device", "auto takes a GPU where there is one", "auto", choices=("auto", "cpu", "cuda")
         )
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ValueError unless value is what the flag of this setting gives for some
+        argument."""
+        flag = self.flags[name]
+        try:
+            given = flag.type(str(value)) if callable(flag.type) else str(value)
+            right = isinstance(value, int | float | str) and given == value
+        except (ValueError, argparse.ArgumentTypeError):
+            right = False
+        if flag.choices is not None:
+            if not right or value not in flag.choices:
+                known = ", ".join(map(str, flag.choices))
+                raise ValueError(f"its setting {name} is {value!r}, not one of {known}")
+        elif not right:
+            raise ValueError(f"its setting {name} cannot be {value!r}")
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -68,23 +114,38 @@ def duration(argument: str) -> float:
 def execute(
     parser: Parser, argv: Sequence[str], start: Callable[[dict[str, Any], Path], None]
 ) -> int:
-    """Run a command line: start(what was given, --out), where a command without a default for --out
-    has a checkpoint to write beside. Returns its exit status: 0, or 130 after
-    an interrupt; an error ends the process with status 2."""
+    """Run a command line: start(the parsed arguments, out), where out is --out, or the folder of
+    the checkpoint for a command without a default for --out. Returns its exit status: 0, or
+    128 + the signal that ended it. An error ends the process with status 2."""
     given = vars(parser.parse_args(argv))
-    out = given.pop("out", None) or given["checkpoint"].parent
+    path = (out := given.pop("out", None) or given["checkpoint"].parent) / CHECKPOINT
+    before, raising = version(path), Raising()
+    with handled_by(raising):
+        try:
+            start(given, out)
+            return 0
+        except JobError as error:
+            raising.done = True
+            parser.error(str(error))
+        except KeyboardInterrupt as interrupt:
+            raising.done = True
+            after, number = version(path), getattr(interrupt, "signal", 2)
+            if after is None:
+                where = "there is no checkpoint yet"
+            else:
+                where = f"the checkpoint is {path}"
+                where += ", as it was before this run" if after == before else ""
+            print(f"interrupted; {where}", file=Stderr())
+            return 128 + number
+
+
+def version(path: Path) -> tuple[int, int] | None:
+    """What changes whenever a file is replaced; None if there is no file."""
     try:
-        start(given, out)
-    except JobError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        path = out and out / CHECKPOINT
-        where = (
-            f"the checkpoint is {path}" if path and path.exists() else "there is no checkpoint yet"
-        )
-        print(f"interrupted; {where}", file=sys.stderr)
-        return 130
-    return 0
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def find_device(name: str) -> str:
@@ -93,60 +154,3 @@ def find_device(name: str) -> str:
     if name == "cuda" and not cuda:
         raise JobError("--device cuda: PyTorch finds no GPU here")
     return name if name != "auto" else "cuda" if cuda else "cpu"
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder and see that it can be written to: better now than after the training."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise JobError(f"cannot write to {out}: {error}") from error
-
-
-@contextmanager
-def interrupts_held() -> Iterator[Event]:
-    """Turn Ctrl-C into an event, so that it cuts neither a training step nor a save in two."""
-    interrupted = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def format_of(job: str) -> str:
-    """What a checkpoint of this job calls itself."""
-    return f"fused-rnn {job} 1"
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write to a file beside path, then rename: at every moment path is a whole checkpoint."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, *jobs: str) -> dict[str, Any]:
-    """Read a checkpoint of one of these jobs, on the CPU, once the checksums that torch.load skips
-    are found right. Raises JobError where it is none, or damaged."""
-    try:
-        with ZipFile(path) as archive:
-            if archive.testzip():
-                raise BadZipFile("its checksums are wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise JobError(f"there is no checkpoint {path}") from error
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
-        raise JobError(f"cannot read the checkpoint {path}: {error}") from error
-    known = [format_of(job) for job in jobs]
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") not in known:
-        raise JobError(f"{path} is no checkpoint of {' or '.join(jobs)}")
-    return checkpoint

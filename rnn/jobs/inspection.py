@@ -6,8 +6,9 @@ For every recurrent module of the model, layer by layer:
     spectrum.png     the eigenvalues of W_hh in the complex plane, beside the unit circle
 
 Source of the second: Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural
-networks, 2013. The gradient is that of v . h_T, v a random direction, with respect to the gates
-a_t = W_ih x_t + b + W_hh h_{t-1}; its norm is drawn against the distance T - t.
+networks, 2013. The gradient is that of v . h_T, v a random direction, with respect to
+W_ih x_t of all gates; its norm is drawn against the distance T - t. A cell with several gates has
+a square block of W_hh for each of them, and so several spectra.
 """
 
 import argparse
@@ -22,13 +23,22 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .. import RNN, recurrence
+from ..generation import State
+from ..modules import MODULES
 from . import COMMANDS, charlm
-from .cli import JobError, Parser, execute, load_checkpoint, make_folder
-from .training import Example, Model, restore
+from .checkpoint import load_checkpoint
+from .cli import JobError, Parser, execute
+from .files import make_folder, write_figure
+from .language_model import symbols_of
+from .training import Example, Model, recurrent_modules, restore
 
 DIRECTIONS_DRAWN = 32  # random v, of which the gradient's norm is the root mean square
+REACH = 1000  # steps that the gradient is followed back
 UNITS_SHOWN = 40
+STEPS_SHOWN = 500
+LARGEST = 200.0  # inches of a side of a picture: beyond that some versions of matplotlib fail
+GATES = {1: ("",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}  # names, by their number
+PYTHON_LINE = "def norm(x):\n    return math.sqrt(sum(v * v for v in x))\n"
 
 
 class Layer(NamedTuple):
@@ -36,51 +46,84 @@ class Layer(NamedTuple):
 
     name: str  # "rnn, layer 1"
     output: Tensor  # (T, H), in the order in which it was computed: last in time is last here
-    gradient: Tensor  # (T,) norm of the gradient of v . h_T by a_t
+    gradient: Tensor  # (min(T, REACH),) norm of the gradient of v . h_T by the last W_ih x_t
     weight_hh: Tensor  # (G * H, H), float64
-    labels: Sequence[str]  # (T,), in the same order
+    labels: Sequence[str]  # (T,), in the order of output
 
-    def eigenvalues(self) -> list[Tensor]:
-        """Of the recurrent matrix of each gate, (H,) complex."""
-        return [torch.linalg.eigvals(w) for w in self.weight_hh.split(self.weight_hh.size(1))]
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """Of the square block of W_hh of each gate, by its name, (H,) complex."""
+        blocks = self.weight_hh.split(self.weight_hh.size(1))
+        names = GATES.get(len(blocks), tuple(map(str, range(len(blocks)))))
+        return {name: torch.linalg.eigvals(block) for name, block in zip(names, blocks)}
+
+    def radii(self) -> dict[str, float]:
+        """The spectral radius of each gate's block."""
+        return {name: float(values.abs().max()) for name, values in self.eigenvalues().items()}
 
     def radius(self) -> float:
-        return max(float(values.abs().max()) for values in self.eigenvalues())
+        return max(self.radii().values())
 
 
-def look(name: str, module: RNN, x: Tensor, labels: Sequence[str]) -> list[Layer]:
-    """The layers of a module that read x (T, 1, I), from a zero state."""
-    D, H, found = module.directions, module.hidden_size, []
-    names = ("",) if D == 1 else (", forwards", ", backwards")
+def gates_module(module: Any, layer: int, suffix: str) -> Any:
+    """One direction of one layer as a module of its own, whose input is W_ih x_t of all gates:
+    its own W_ih is the identity. Its weights take no gradient."""
+    weight_hh = getattr(module, f"weight_hh_l{layer}{suffix}").detach()
+    GH, H = weight_hh.shape
+    alone: Any = MODULES[module.cell](GH, H, bias=module.bias, dtype=weight_hh.dtype)
+    with torch.no_grad():
+        alone.weight_ih_l0.copy_(torch.eye(GH))
+        alone.weight_hh_l0.copy_(weight_hh)
+        for name in ("bias_ih", "bias_hh") if module.bias else ():
+            getattr(alone, f"{name}_l0").copy_(getattr(module, f"{name}_l{layer}{suffix}"))
+    return alone.requires_grad_(False)
+
+
+def hidden(state: State) -> Tensor:
+    """h of a state, which may hold more."""
+    return state if isinstance(state, Tensor) else state[0]
+
+
+def gradient_norms(alone: Any, gates: Tensor) -> Tensor:
+    """(min(T, REACH),): the norm of the gradient of v . h_T by gates (T, 1, G * H), the root mean
+    square over DIRECTIONS_DRAWN random v."""
+    state = None
+    if len(gates) > REACH:
+        with torch.no_grad():
+            _, state = alone(gates[:-REACH].expand(-1, DIRECTIONS_DRAWN, -1))
+    # All directions v at once: each is a row of the batch, which reads the same gates.
+    leaf = gates[-REACH:].expand(-1, DIRECTIONS_DRAWN, -1).clone().requires_grad_()
+    h_n = hidden(alone(leaf, state)[1])[0]
+    v = torch.randn(h_n.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((v.to(h_n.dtype) * h_n).sum(), leaf)
+    return gradient.square().sum(2).mean(1).sqrt()
+
+
+def look(name: str, module: Any, x: Tensor, labels: Sequence[str]) -> list[Layer]:
+    """The layers of a module that reads x (T, 1, I), from a zero state."""
+    layers = []
+    suffixes = {"": "", "_reverse": ", backwards"} if module.bidirectional else {"": ""}
     for number in range(module.num_layers):
-        weight_ih, weight_hh, bias = module.layer_weights(number, x.dtype)
         outputs = []
-        for d, gates in enumerate(F.linear(x, weight_ih, bias).detach().chunk(D, 2)):
-            in_time = [0] if d else []  # what to flip: direction 1 runs backwards
-            # All directions v at once: each is a row of the batch, which reads the same gates.
-            leaf = gates.expand(-1, DIRECTIONS_DRAWN, -1).clone().requires_grad_()
-            output, h_n = recurrence(
-                leaf,
-                leaf.new_zeros(DIRECTIONS_DRAWN, H),
-                weight_hh[d].detach(),
-                cell=module.cell,
-                reverse=bool(d),
-            )
-            v = torch.randn(h_n.shape, generator=torch.Generator().manual_seed(0))
-            (gradient,) = torch.autograd.grad((v.to(x.dtype) * h_n).sum(), leaf)
-            norm = gradient.square().sum(2).mean(1).sqrt()
-            outputs.append(output[:, :1].detach())
-            found.append(
+        for suffix, direction in suffixes.items():
+            weight_ih = getattr(module, f"weight_ih_l{number}{suffix}").detach()
+            in_time = [0] if suffix else []  # what to flip: the second direction runs backwards
+            gates = F.linear(x, weight_ih).flip(in_time)
+            alone = gates_module(module, number, suffix)
+            with torch.no_grad():
+                output, _ = alone(gates)
+            outputs.append(output.flip(in_time))
+            direction = direction or (", forwards" if module.bidirectional else "")
+            layers.append(
                 Layer(
-                    f"{name}, layer {number}{names[d]}",
-                    outputs[-1][:, 0].flip(in_time),
-                    norm.flip(in_time),
-                    weight_hh[d].detach().double(),
-                    labels[::-1] if d else labels,
+                    f"{name}, layer {number}{direction}",
+                    output[:, 0],
+                    gradient_norms(alone, gates),
+                    alone.weight_hh_l0.double(),
+                    labels[::-1] if suffix else labels,
                 )
             )
         x = torch.cat(outputs, 2)
-    return found
+    return layers
 
 
 @torch.no_grad()
@@ -94,8 +137,7 @@ def inputs_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
 
     hooks = [
         module.register_forward_pre_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, RNN)
+        for name, module in recurrent_modules(model).items()
     ]
     model(*example.args)
     for hook in hooks:
@@ -103,19 +145,31 @@ def inputs_of(model: nn.Module, example: Example) -> dict[str, Tensor]:
     return given
 
 
+def set_size(figure: Figure, width: float, height: float) -> None:
+    """In inches, up to LARGEST."""
+    figure.set_size_inches(min(width, LARGEST), min(height, LARGEST))
+
+
 def draw_activations(layers: list[Layer], figure: Figure) -> None:
     """Units from top to bottom, those that change most; steps from left to right."""
-    figure.suptitle(f"Hidden units along a sequence: the {UNITS_SHOWN} that vary most")
-    figure.set_size_inches(max(6.0, 0.13 * max(len(a.labels) for a in layers)), 3 * len(layers))
+    steps = max(len(layer.labels) for layer in layers)
+    title = f"Hidden units along a sequence: the {UNITS_SHOWN} that vary most"
+    if steps > STEPS_SHOWN:
+        title += f", in the last {STEPS_SHOWN} of {steps:,} steps"
+    figure.suptitle(title)
+    set_size(figure, max(6.0, 0.13 * min(steps, STEPS_SHOWN)), 3 * len(layers))
     for ax, layer in zip(figure.subplots(len(layers), squeeze=False).flat, layers):
-        most = layer.output.std(0, correction=0).argsort(descending=True)[:UNITS_SHOWN]
-        units = layer.output[:, most]
+        output, labels = layer.output[-STEPS_SHOWN:], layer.labels[-STEPS_SHOWN:]
+        most = output.std(0, correction=0).argsort(descending=True)[:UNITS_SHOWN]
+        units = output[:, most]
         # Units that move together stand together: in the order of their first shared direction.
         first = torch.linalg.svd(units - units.mean(0), full_matrices=False).Vh[0]
         h, top = units[:, first.argsort()].t(), float(units.abs().max())
         image = ax.imshow(h.numpy(), aspect="auto", cmap="coolwarm", vmin=-top, vmax=top)
-        ax.set_xticks(range(len(layer.labels)), [repr(s)[1:-1] for s in layer.labels], size=7)
-        if max(map(len, layer.labels)) > 3:
+        # In matplotlib's markup a dollar sign begins mathematics.
+        ticks = [repr(s)[1:-1].replace("$", r"\$") for s in labels]
+        ax.set_xticks(range(len(labels)), ticks, size=7)
+        if max(map(len, labels)) > 3:
             ax.tick_params("x", rotation=90)
         ax.set(yticks=[], ylabel="units")
         ax.set_title(layer.name, size=9)
@@ -124,7 +178,7 @@ def draw_activations(layers: list[Layer], figure: Figure) -> None:
 
 def draw_gradients(layers: list[Layer], figure: Figure) -> None:
     """The norm against the distance, on a scale where an exponential is a straight line."""
-    figure.suptitle(r"Gradient of $v \cdot h_T$ by the gates of step $t$")
+    figure.suptitle(r"Gradient of $v \cdot h_T$ by $W_{ih} x_t$")
     ax = figure.subplots()
     for layer in layers:
         norm = layer.gradient.flip(0)
@@ -145,11 +199,11 @@ def draw_spectrum(layers: list[Layer], figure: Figure) -> None:
     figure.suptitle("Eigenvalues of W_hh and the unit circle")
     columns = min(len(layers), 3)
     rows = -(-len(layers) // columns)
-    figure.set_size_inches(4 * columns, 4.2 * rows)
+    set_size(figure, 4 * columns, 4.2 * rows)
     circle = np.linspace(0, 2 * np.pi, 200)
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for ax, layer in zip(axes, layers):
-        for gate, values in enumerate(gates := layer.eigenvalues()):
+        for gate, values in (gates := layer.eigenvalues()).items():
             ax.scatter(values.real.numpy(), values.imag.numpy(), s=8, label=f"gate {gate}")
         ax.plot(np.cos(circle), np.sin(circle), color="gray", linewidth=0.8)
         ax.set_aspect("equal")
@@ -170,14 +224,18 @@ DRAWINGS = {
 
 def load(path: Path, text: str | None) -> tuple[Model, Example]:
     """The model of a checkpoint and what it reads."""
-    checkpoint = load_checkpoint(path, *(name for name in COMMANDS if name != "inspect"))
+    checkpoint = load_checkpoint(path, *(name for name in COMMANDS if COMMANDS[name].trains))
     job = checkpoint["format"].split()[1]
     if job == "charlm":
-        return charlm.restore(checkpoint, text)
+        model, characters = charlm.restore(checkpoint, path)
+        if text == "":
+            raise JobError("--text is empty")
+        text = text or PYTHON_LINE
+        return model, Example((symbols_of(text, characters).unsqueeze(1),), {"rnn": text})
     if text is not None:
         raise JobError(f"--text is for charlm, and this is a checkpoint of {job}")
     jobs = import_module(f"rnn.jobs.{COMMANDS[job].module}").JOBS
-    return restore(next(j for j in jobs if j.name == job), checkpoint)
+    return restore(next(j for j in jobs if j.name == job), checkpoint, path)
 
 
 def start(given: dict[str, Any], out: Path) -> None:
@@ -191,11 +249,12 @@ def start(given: dict[str, Any], out: Path) -> None:
     for file, draw in DRAWINGS.items():
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(layers, figure)
-        figure.savefig(out / file, dpi=80)
+        write_figure(out / file, figure, dpi=80)
     for layer in layers:
         first, last = float(layer.gradient[0]), float(layer.gradient[-1])
+        radii = ", ".join(f"{name} {r:.2f}".strip() for name, r in layer.radii().items())
         print(
-            f"{layer.name}: spectral radius {layer.radius():.2f}; gradient {last:.2g} at distance "
+            f"{layer.name}: spectral radius {radii}; gradient {last:.2g} at distance "
             f"0, {first:.2g} at {len(layer.gradient) - 1}"
         )
     print(f"pictures: {', '.join(str(out / file) for file in DRAWINGS)}")
