@@ -296,14 +296,11 @@ def text(figure: Any) -> str:
 
 def table(rows: list[Row]) -> str:
     """A Markdown table; its last column is as wide as it comes."""
-    lines = [list(COLUMNS), *([text(row.get(key, "")) for key in COLUMNS] for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    widths[-1] = 3
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [[text(row.get(name, "")) for name in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths[-1] = 0
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def main() -> int:

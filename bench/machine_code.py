@@ -168,11 +168,11 @@ def parse_code(text: str, steps: int = 1) -> CodeLoop:
 
 
 def code_loop(code: list[Instruction], labels: dict[str, int]) -> set[int]:
-    """The instructions of the time loop: those from which control comes back to them.
+    """The instructions of the time loop: a matrix instruction, and all from which control comes
+    back to it. Of several loops, the longest. Raises ValueError where there is none.
 
     Not the span of a backward branch: a wait loop moved behind the end of the kernel jumps
-    backwards too, over instructions that it does not repeat. Of several loops the time loop is
-    the one with the most matrix instructions. Raises ValueError where nothing is repeated.
+    backwards too, over instructions that it does not repeat.
     """
     after: list[list[int]] = [[] for _ in code]
     before: list[list[int]] = [[] for _ in code]
@@ -193,14 +193,12 @@ def code_loop(code: list[Instruction], labels: dict[str, int]) -> set[int]:
         return seen
 
     loops: list[set[int]] = []
-    for i in range(len(code)):
-        if any(j <= i for j in after[i]) and not any(i in loop for loop in loops):
+    for i, instruction in enumerate(code):
+        if MATRIX.match(instruction.name) and not any(i in loop for loop in loops):
             loops.append(reached(i, after) & reached(i, before))
     if not any(loops):
-        raise ValueError("no loop in the machine code")
-    return max(
-        loops, key=lambda loop: (sum(bool(MATRIX.match(code[i].name)) for i in loop), len(loop))
-    )
+        raise ValueError("no loop with a matrix instruction in the machine code")
+    return max(loops, key=len)
 
 
 # ------------------------------------------------------------------------- registers, spills

@@ -221,7 +221,7 @@ def test_figures_are_per_step():
 def test_no_loop_is_an_error():
     with pytest.raises(ValueError, match="no loop with a matrix product"):
         parse_ttgir(ttgir(ALLOC, ""))
-    with pytest.raises(ValueError, match="no loop in the machine code"):
+    with pytest.raises(ValueError, match="no loop with a matrix instruction in the machine code"):
         parse_code("        /*0000*/                   EXIT ;\n")
 
 
