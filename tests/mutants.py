@@ -10,6 +10,7 @@ error: adapt it to the code.
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def failure(tests: str, mutant: Mutant | None = None) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
-                [*command, *tests.split()],
+                [*command, *shlex.split(tests)],
                 cwd=folder,
                 env=environment,
                 capture_output=True,
