@@ -171,14 +171,14 @@ def run_tool(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_code(compiled: Any, steps: int) -> tuple[CodeLoop, tuple[int, int]]:
+def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
     """The time loop; registers and spilled bytes of a thread."""
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        return parse_code(assembly, steps), parse_resources(assembly)
+        return parse_code(assembly), parse_resources(assembly)
     cubin = compiled.asm["cubin"]
     sass, usage = run_tool("nvdisasm", "-c", cubin), run_tool("cuobjdump", "-res-usage", cubin)
-    return parse_code(sass, steps), parse_resources(usage)
+    return parse_code(sass), parse_resources(usage)
 
 
 def lower_bound(
@@ -210,13 +210,13 @@ def judge(row: Row, sram_limit: int) -> str:
     if row["SRAM_B"] > sram_limit:
         return f"needs {row['SRAM_B']} of {sram_limit} bytes of SRAM"
     if row["spill_B"]:
-        return f"spills; accesses a step: {row['spill_instr']:.0f}"
+        return f"spills; accesses a step: {row['spill_instr']}"
     return "resident"
 
 
 def figures(chip: Chip, planned: Plan, compiled: Any) -> Row:
     ir = parse_ttgir(compiled.asm["ttgir"])
-    code, (registers, spilled) = read_code(compiled, ir.steps)
+    code, (registers, spilled) = read_code(compiled)
     warps = compiled.metadata.num_warps
     bound, name = lower_bound(chip, planned.slices, warps, ir, code)
     row = {

@@ -1,6 +1,7 @@
 """What compiled code says of itself: text of Triton's IR, of SASS or of amdgcn -> figures.
 
-Pure functions: no compiler, no file, no tool. Every figure of a loop is per time step.
+Pure functions: no compiler, no file, no tool. A loop's figures are those of one
+iteration, which is one time step.
 """
 
 import re
@@ -29,10 +30,9 @@ class IrLoop(NamedTuple):
 
     loads: list[str]  # the arguments that are read from device memory, one entry a load
     weights_in: str  # where the products of the loop find W_hh
-    multiply_adds: float  # of the products
-    shared_bytes: float  # of their operands that lie in shared memory, each read once
+    multiply_adds: int  # of the products
+    shared_bytes: int  # of their operands that lie in shared memory, each read once
     bits: int  # of an operand's element
-    steps: int  # time steps of one iteration
 
 
 def parse_ttgir(text: str) -> IrLoop:
@@ -43,10 +43,8 @@ def parse_ttgir(text: str) -> IrLoop:
     lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
     start, end = time_loop(lines)
     values: dict[str, Value] = {}  # what is known of each name
-    constants: dict[str, int] = {}
     loads, places = [], set()
     multiply_adds = shared_bytes = bits = 0
-    steps = 1
 
     for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
         inside = start < number < end
@@ -56,15 +54,10 @@ def parse_ttgir(text: str) -> IrLoop:
             continue
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
         names = VALUE.findall(operation.partition(" : ")[0])
-        if constant := re.match(r"arith\.constant (-?\d+) : i\d+", operation):
-            constants[results] = int(constant[1])
         if operation.startswith("scf.for"):  # what it carries begins as what comes in
             carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", operation.partition("iter_args")[2])
             values |= {name: values.get(initial, Value()) for name, initial in carried}
             names = [initial for _, initial in carried]
-            step = re.search(r"step (%[\w.$-]+)", operation)
-            if number == start and step:
-                steps = constants.get(step[1], 1)
         operands = [values.get(name, Value()) for name in names]
 
         if LOAD.match(operation):
@@ -88,7 +81,9 @@ def parse_ttgir(text: str) -> IrLoop:
         elif operands and operation.startswith(("ttg.local_load", "ttng.tmem_load")):
             if not inside:
                 operands[0] = operands[0]._replace(place="registers")
-        elif ":" not in results:  # made of several values, W_hh perhaps not the first
+        elif operation.startswith("arith.select"):  # the first value chooses among the others
+            operands = operands[1:]
+        if ":" not in results:  # made of several values, W_hh perhaps not the first
             operands.sort(key=lambda value: value.argument != WEIGHTS)
         name, _, count = results.partition(":")
         for i, value in enumerate(operands[: int(count or 1)]):
@@ -97,10 +92,9 @@ def parse_ttgir(text: str) -> IrLoop:
     return IrLoop(
         loads=loads,
         weights_in=" and ".join(sorted(places)) or "not found",
-        multiply_adds=multiply_adds / steps,
-        shared_bytes=shared_bytes / steps,
+        multiply_adds=multiply_adds,
+        shared_bytes=shared_bytes,
         bits=bits,
-        steps=steps,
     )
 
 
@@ -132,11 +126,11 @@ class Instruction(NamedTuple):
 class CodeLoop(NamedTuple):
     """The time loop as the machine has it, for one warp (AMD: wave)."""
 
-    instructions: float
-    issued: float  # those that take an issue slot of chips.Chip.issue_rate
-    matrix: float  # matrix instructions
-    barriers: float
-    spills: float  # loads and stores of spilled registers
+    instructions: int
+    issued: int  # those that take an issue slot of chips.Chip.issue_rate
+    matrix: int  # matrix instructions
+    barriers: int
+    spills: int  # loads and stores of spilled registers
 
 
 SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*(.*)")
@@ -147,8 +141,8 @@ BARRIER = re.compile(r"BAR\.|s_barrier")
 SPILL = re.compile(r"(LDL|STL)\b|scratch_")
 
 
-def parse_code(text: str, steps: int = 1) -> CodeLoop:
-    """The time loop, of so many steps an iteration, in SASS (`nvdisasm -c`) or in amdgcn."""
+def parse_code(text: str) -> CodeLoop:
+    """The time loop in SASS (`nvdisasm -c`) or in amdgcn."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -164,7 +158,7 @@ def parse_code(text: str, steps: int = 1) -> CodeLoop:
             )
     names = [code[i].name for i in code_loop(code, labels)]
     kinds = (re.compile(""), ISSUED, MATRIX, BARRIER, SPILL)
-    return CodeLoop(*(sum(bool(kind.match(name)) for name in names) / steps for kind in kinds))
+    return CodeLoop(*(sum(bool(kind.match(name)) for name in names) for kind in kinds))
 
 
 def code_loop(code: list[Instruction], labels: dict[str, int]) -> set[int]:

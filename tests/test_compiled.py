@@ -122,7 +122,7 @@ def test_the_command(capsys, monkeypatch):
     ("changes", "verdict"),
     [
         ({}, "resident"),
-        ({"spill_B": 8, "spill_instr": 2.0}, "spills; accesses a step: 2"),
+        ({"spill_B": 8, "spill_instr": 2}, "spills; accesses a step: 2"),
         ({"loads": Counter(["weight_hh"])}, "W_hh is read from device memory in the loop"),
         ({"W_hh_in": "not found"}, "W_hh is in not found"),
         ({"SRAM_B": 30}, "needs 30 of 20 bytes of SRAM"),
@@ -146,7 +146,7 @@ def test_verdict(changes, verdict):
 def test_the_bound_is_the_largest_term(slices, changes, clocks, by):
     figures = {"multiply_adds": 1e6, "shared_bytes": 64.0, "bits": 16, "issued": 200} | changes
     code = CodeLoop(250, figures.pop("issued"), 8, 4, 0)
-    ir = IrLoop(loads=[], weights_in="shared memory", steps=1, **figures)
+    ir = IrLoop(loads=[], weights_in="shared memory", **figures)
     bound = tool.lower_bound(CHIPS["sm_80"], slices, 8, ir, code)
     assert bound == (pytest.approx(clocks / 1.41), by)
 
@@ -156,12 +156,10 @@ def test_the_bound_is_the_largest_term(slices, changes, clocks, by):
 TTGIR = """
   tt.func public @forward_kernel(%x_gates_ptr: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, \
 %weight_hh_ptr: !tt.ptr<bf16>, %output_ptr: !tt.ptr<bf16>, %T: i32) attributes {noinline = false} {
-    %c0_i32 = arith.constant 0 : i32
-    %c2_i32 = arith.constant 2 : i32
     %p = tt.splat %weight_hh_ptr : !tt.ptr<bf16> -> tensor<64x64x!tt.ptr<bf16>, #blocked>
     %tiles = tt.load %p, %mask, %cst : tensor<64x64x!tt.ptr<bf16>, #blocked>
     BEFORE
-    %x:2 = scf.for %i = %c0_i32 to %T step STEP iter_args(%h_1 = %h, %x_1 = %x_0) -> (a, b) : i32 {
+    %x:2 = scf.for %i = %c0_i32 to %T step %c1_i32 iter_args(%h_1 = %h, %x_1 = %x_0) -> (a, b) : i32 {
       %0 = tt.addptr %x_gates_ptr, %i : !tt.ptr<bf16>, i32
       %1 = tt.splat %0 : !tt.ptr<bf16> -> tensor<64x16x!tt.ptr<bf16>, #blocked>
       %ahead = tt.load %1, %mask, %cst : tensor<64x16x!tt.ptr<bf16>, #blocked>
@@ -187,8 +185,8 @@ SELECT = "%r = arith.select %active, %r, %zero : tensor<64x64xi1>, tensor<64x64x
 AGAIN = "%r = tt.load %p, %mask, %cst : tensor<64x64x!tt.ptr<bf16>, #blocked>"
 
 
-def ttgir(before, inside, step="%c1_i32"):
-    return TTGIR.replace("BEFORE", before).replace("INSIDE", inside).replace("STEP", step)
+def ttgir(before, inside):
+    return TTGIR.replace("BEFORE", before).replace("INSIDE", inside)
 
 
 @pytest.mark.parametrize(
@@ -210,12 +208,6 @@ def test_where_the_weights_lie(before, inside, where):
     assert loop.multiply_adds == 64 * 64 * 16
     assert loop.shared_bytes == 2 * (64 * 64 * (where == "shared memory") + 64 * 16)
     assert loop.bits == 16
-
-
-def test_figures_are_per_step():
-    one, two = (parse_ttgir(ttgir(ALLOC, WGMMA, step)) for step in ("%c1_i32", "%c2_i32"))
-    assert (one.steps, two.steps) == (1, 2)
-    assert two.multiply_adds == one.multiply_adds / 2 and two.shared_bytes == one.shared_bytes / 2
 
 
 def test_no_loop_is_an_error():
@@ -275,7 +267,6 @@ def test_the_loop_in_sass():
     lines = [line.strip() for line in SASS.strip().splitlines()]
     code = "\n".join(x if x.startswith(".L") else f"        /*0010*/  {x} ;" for x in lines)
     assert parse_code(code) == CodeLoop(instructions=11, issued=11, matrix=1, barriers=1, spills=1)
-    assert parse_code(code, steps=2).instructions == 5.5
 
 
 def test_the_loop_in_amdgcn():
