@@ -159,7 +159,7 @@ TTGIR = """
     %p = tt.splat %weight_hh_ptr : !tt.ptr<bf16> -> tensor<64x64x!tt.ptr<bf16>, #blocked>
     %tiles = tt.load %p, %mask, %cst : tensor<64x64x!tt.ptr<bf16>, #blocked>
     BEFORE
-    %x:2 = scf.for %i = %c0_i32 to %T step %c1_i32 iter_args(%h_1 = %h, %x_1 = %x_0) -> (a, b) : i32 {
+    %x:2 = scf.for %i = %c0 to %T step %c1 iter_args(%h_1 = %h, %x_1 = %x_0) -> (a, b) : i32 {
       %0 = tt.addptr %x_gates_ptr, %i : !tt.ptr<bf16>, i32
       %1 = tt.splat %0 : !tt.ptr<bf16> -> tensor<64x16x!tt.ptr<bf16>, #blocked>
       %ahead = tt.load %1, %mask, %cst : tensor<64x16x!tt.ptr<bf16>, #blocked>
