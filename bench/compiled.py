@@ -221,7 +221,7 @@ def figures(chip: Chip, planned: Plan, compiled: Any) -> Row:
     bound, name = lower_bound(chip, planned.slices, warps, ir, code)
     row = {
         "slices": planned.slices,
-        "tile": f"{planned.block_h // planned.slices}x{planned.block_b}",
+        "tile": f"{planned.block_s}x{planned.block_b}",
         "warps": warps,
         "regs": registers,
         "spill_B": spilled,

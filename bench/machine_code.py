@@ -4,6 +4,7 @@ Pure functions: no compiler, no file, no tool. A loop's figures are those of one
 iteration, which is one time step.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ LOAD = re.compile(
 )
 DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)(?=\s)")
 VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
-OPERAND = re.compile(r"(?:tensor|memdesc)<(\d+)x(\d+)x[a-z]+(\d+)")  # rows, columns, bits
+OPERAND = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)[a-z]+(\d+)")  # its shape, bits of an element
 
 
 class Value(NamedTuple):
@@ -67,9 +68,10 @@ def parse_ttgir(text: str) -> IrLoop:
                 loads.append(argument)
         elif DOT.match(operation):
             if inside:
-                (rows, depth, bits), (_, columns, _) = (
-                    map(int, shape) for shape in OPERAND.findall(operation.partition(" : ")[2])[:2]
-                )
+                left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
+                *batch, rows, depth = map(int, left[0].split("x")[:-1])
+                columns, bits = int(right[0].split("x")[-2]), int(left[1])
+                depth *= math.prod(batch)  # of several products at once
                 multiply_adds += rows * columns * depth
                 places |= {v.place for v in operands[:2] if v.argument == WEIGHTS}
                 in_shared = rows * (operands[0].place == "shared memory") + columns

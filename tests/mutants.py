@@ -32,7 +32,244 @@ class Mutant(NamedTuple):
     tests: str  # the arguments of pytest that should notice
 
 
-MUTANTS: list[Mutant] = []
+KERNELS = "tests/test_kernels.py"
+SLICES = "tests/test_slices.py"
+
+MUTANTS = [
+    # Memory that is not the tensor's: the interpreter by itself does not notice.
+    Mutant(
+        "row-mask-forward",
+        "kernels/recurrence.py",
+        """rows < B)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    x_gates_offsets""",
+        """rows >= 0)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    x_gates_offsets""",
+        KERNELS,
+    ),
+    Mutant(
+        "row-mask-backward",
+        "kernels/recurrence.py",
+        """rows < B)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+        """rows >= 0)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+        KERNELS,
+    ),
+    Mutant(
+        "prefetch-past-the-end",
+        "kernels/steps.py",
+        "tl.zeros((1, 1), tl.int32) + i < steps",
+        "tl.zeros((1, 1), tl.int32) + i <= steps",
+        KERNELS,
+    ),
+    Mutant(
+        "offsets-past-the-end",
+        "kernels/steps.py",
+        "tl.load(offsets_ptr + place, mask=i < steps, other=0)",
+        "tl.load(offsets_ptr + place)",
+        KERNELS,
+    ),
+    Mutant(
+        "padding-of-x-read",
+        "kernels/recurrence.py",
+        "wanted = mask & active_at(i + 1, steps, backwards, lengths)",
+        "wanted = mask & active_at(i + 1, steps, backwards, None)",
+        KERNELS,
+    ),
+    Mutant(
+        "packed-rows-that-do-not-exist-written",
+        "kernels/recurrence.py",
+        "                written = present\n",
+        "                written = mask\n",
+        KERNELS,
+    ),
+    Mutant(
+        "padding-left-unwritten",
+        "kernels/recurrence.py",
+        "mask=written)\n        if stored_ptr",
+        "mask=present)\n        if stored_ptr",
+        KERNELS,
+    ),
+    Mutant(
+        "32-bit-rows-forward",
+        "kernels/recurrence.py",
+        """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    first_unit""",
+        """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    first_unit""",
+        KERNELS,
+    ),
+    Mutant(
+        "32-bit-rows-backward",
+        "kernels/recurrence.py",
+        """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    units""",
+        """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    units""",
+        KERNELS,
+    ),
+    Mutant(
+        "32-bit-steps",
+        "kernels/steps.py",
+        "(i + backwards * (steps - 1 - 2 * i)).to(tl.int64)",
+        "i + backwards * (steps - 1 - 2 * i)",
+        KERNELS,
+    ),
+    # What blocks that share a layer tell each other.
+    Mutant(
+        "no-wait",
+        "kernels/exchange.py",
+        "    while (arrived < SLICES) & (polls < patience):",
+        "    arrived = SLICES + 0 * arrived\n    while (arrived < SLICES) & (polls < patience):",
+        SLICES,
+    ),
+    Mutant(
+        "alive-forgotten-forward",
+        "kernels/recurrence.py",
+        "SLICES) & alive\n            h = gather",
+        "SLICES)\n            h = gather",
+        SLICES,
+    ),
+    Mutant(
+        "alive-forgotten-backward",
+        "kernels/recurrence.py",
+        "SLICES) & alive\n        d_h_prev",
+        "SLICES)\n        d_h_prev",
+        SLICES,
+    ),
+    Mutant(
+        "patience-paid-again-forward",
+        "kernels/recurrence.py",
+        "tl.where(alive, patience, 0), SLICES) & alive\n            h = gather",
+        "patience, SLICES) & alive\n            h = gather",
+        SLICES,
+    ),
+    Mutant(
+        "patience-paid-again-backward",
+        "kernels/recurrence.py",
+        "tl.where(alive, patience, 0), SLICES) & alive\n        d_h_prev",
+        "patience, SLICES) & alive\n        d_h_prev",
+        SLICES,
+    ),
+    Mutant(
+        "one-slot",
+        "kernels/recurrence.py",
+        "            slot_ptr = exchange_ptr + (i % 2) * exchange_size\n            tl.store(",
+        "            slot_ptr = exchange_ptr\n            tl.store(",
+        SLICES,
+    ),
+    # Numbers.
+    Mutant(
+        "tf32-cut-off",
+        "kernels/products.py",
+        "    bits += tl.where(tl.abs(x) < 3.401992901712019e38, 0x1000, 0)\n",
+        "",
+        KERNELS,
+    ),
+    Mutant(
+        "tf32-cut-off-in-weights",
+        "kernels/launch.py",
+        "bits + 0x1000",
+        "bits",
+        KERNELS,
+    ),
+    Mutant(
+        "tf32-swallows-nan",
+        "kernels/products.py",
+        "    bits = (x + 0.0).to(",
+        "    bits = x.to(",
+        KERNELS,
+    ),
+    Mutant(
+        "weights-not-contiguous",
+        "kernels/launch.py",
+        "    weight = weight.contiguous()\n",
+        "    weight = weight.contiguous() if weight.dtype == torch.float32 else weight\n",
+        KERNELS,
+    ),
+    Mutant(
+        "saved-layout-believed",
+        "kernels/launch.py",
+        "    output = dense(output)\n",
+        "",
+        KERNELS,
+    ),
+    # The maths of the cells, as tiles.
+    Mutant(
+        "tanh-vjp-sign",
+        "kernels/cells.py",
+        "(1.0 - state[0] * state[0])",
+        "(1.0 + state[0] * state[0])",
+        KERNELS,
+    ),
+    Mutant(
+        "relu-vjp-sign",
+        "kernels/cells.py",
+        "tl.where(state[0] <= 0.0, 0.0, d_state[0])",
+        "tl.where(state[0] >= 0.0, 0.0, d_state[0])",
+        KERNELS,
+    ),
+    Mutant(
+        "gru-vjp-sign",
+        "kernels/cells.py",
+        "d_h * (state_prev[0] - n) * z",
+        "d_h * (n - state_prev[0]) * z",
+        KERNELS,
+    ),
+    Mutant(
+        "lstm-vjp-sign",
+        "kernels/cells.py",
+        "d_c * g * i * (1.0 - i)",
+        "-d_c * g * i * (1.0 - i)",
+        KERNELS,
+    ),
+    Mutant(
+        "d_h_gates-for-d_x_gates",
+        "kernels/recurrence.py",
+        "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)",
+        "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H)",
+        KERNELS,
+    ),
+    Mutant(
+        "gradient-of-c-dropped",
+        "kernels/recurrence.py",
+        "            d_before += (d_prev[s],)\n",
+        "            d_before += (d_prev[s] * 0.0,)\n",
+        KERNELS,
+    ),
+    Mutant(
+        "gradient-past-w_hh-dropped",
+        "kernels/recurrence.py",
+        "tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]",
+        "tl.zeros((BLOCK_S, BLOCK_B), tl.float32)",
+        KERNELS,
+    ),
+    Mutant(
+        "inactive-gradient-not-handed-on",
+        "kernels/recurrence.py",
+        "d_state = where_active(active, d_before, d_state)",
+        "d_state = d_before",
+        KERNELS,
+    ),
+    Mutant(
+        "first-state-of-a-row-not-its-own",
+        "kernels/steps.py",
+        "        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)\n",
+        "",
+        KERNELS,
+    ),
+    Mutant(
+        "param-gradient-of-padding",
+        "kernels/recurrence.py",
+        "            d_params_step = zero_where_not(active, d_params_step)\n",
+        "",
+        KERNELS,
+    ),
+]
 
 
 def copy_tree(folder: Path) -> None:
