@@ -1,315 +1,172 @@
-"""`python -m bench`: this library against torch.nn and others, on whatever the machine has."""
+"""Measure this library against torch.nn: python -m bench
+
+On a GPU or a CPU, whatever there is, each case is run by this library, by torch.nn (cuDNN, or
+PyTorch's C++ on a CPU), by a loop in Python, and by FlashRNN where it is installed. Each is checked
+against float64 first; one that is wrong is reported and not timed. Then they are timed in turns:
+forward, backward and training step, each by the median and the quantiles of 20 % and 80 %.
+
+  python -m bench                          all cases: ten minutes or so on two cores
+  python -m bench --quick                  a few: less than two minutes
+  python -m bench --cases sizes rnn_tanh-T128-B16-H256 --providers auto torch.nn
+  python -m bench --into README.md         also write a summary between the README's marks
+  python -m bench --compare A.json B.json  what got slower; exit status 1 if anything did
+  python -m bench --accept                 on a GPU: its tests, then this library against cuDNN
+
+It leaves results.json, README.md and a picture in --out. Rows that are there already, of the same
+commit, versions and machine, are kept, so an interrupted run goes on when it is started again.
+Exit status: 0; 1 if this library was wrong or crashed, or if --compare found something slower; 2 if
+it could not be done.
+"""
 
 import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import matplotlib  # noqa: F401
-    from tqdm import tqdm
-except ModuleNotFoundError as error:
-    if error.name not in ("tqdm", "matplotlib"):
-        raise
-    print(f"python -m bench needs {error.name}: pip install -e '.[bench]'", file=sys.stderr)
+except ModuleNotFoundError:
+    print("python -m bench needs matplotlib: pip install -e '.[bench]'", file=sys.stderr)
     sys.exit(2)
-
 import torch
 
 from rnn.jobs.cli import Parser, duration
 
-from .cases import EXAMPLE, Case, Set, quick, sets
-from .measure import CRASHED, WRONG, cannot, measure
-from .plots import draw
-from .providers import PROVIDERS
-from .report import MARKS, behind_rows, headings, in_short, page, put_between, quote, terminal
-from .results import (
-    CSV,
-    JSON,
-    REPORT,
-    ROOT,
-    SAME,
-    BenchError,
-    Results,
-    compare,
-    device_name,
-    make_header,
-    slug,
-    write_csv,
-)
-from .timing import Figures, gemm_bounds, gemm_rate, model_bounds
+from . import report, store
+from .cases import DTYPES, EXAMPLE, Case, sets
+from .measure import CRASHED, FIGURES, WRONG, measure
+from .providers import DEFAULT, OURS, PROVIDERS
+from .store import BenchError, Results
 
-SECONDS, QUICK_SECONDS = 3.0, 1.0
-TOO_SLOW = (
-    "left out of --quick, since compiling alone takes longer; --providers compiled asks for it"
-)
-HEAD_TO_HEAD = ("fused", "torch.nn")
+SECONDS, QUICK_SECONDS = 2.0, 0.5
 
 
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m bench",
         description=__doc__,
-        epilog="Interrupted, it keeps what it has; the same command again goes on from there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="few cases: two minutes on two cores")
-    add("--cases", nargs="+", metavar="NAME", help=f"sets (see --list) or cases, as {EXAMPLE}")
-    add(
-        "--providers", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS)
-    )
-    add(
-        "--seconds",
-        type=duration,
-        metavar="S",
-        help=f"of each case, all providers together (default {SECONDS:g}; {QUICK_SECONDS:g} quick)",
-    )
-    add(
-        "--out", type=Path, metavar="DIR", help="default: bench/results/<device>, or runs/ if quick"
-    )
-    add("--mix", action="store_true", help="add to results of another commit, version or device")
-    add("--fresh", action="store_true", help="replace the results in --out")
+    add, known = parser.add_argument, list(PROVIDERS)
+    named = f"sets ({', '.join(sets(False))}) or cases, as {EXAMPLE}"
+    where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
+    add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
+    add("--cases", nargs="+", metavar="NAME", help=named)
+    add("--providers", nargs="+", choices=known, metavar="NAME", help=", ".join(known))
+    add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")
+    add("--out", type=Path, metavar="DIR", help=where)
     add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
-    add("--list", action="store_true", help="show the sets, the cases and the providers")
-    add(
-        "--compare",
-        nargs=2,
-        type=Path,
-        metavar=("A.json", "B.json"),
-        help="show what got slower from A to B, and exit 1 if anything did",
-    )
-    add(
-        "--threshold",
-        type=duration,
-        default=1.1,
-        metavar="X",
-        help="what counts as slower, by medians (default 1.1; the samples must be apart as well)",
-    )
-    add(
-        "--accept",
-        action="store_true",
-        help="on a GPU: the GPU's tests, then ours against cuDNN, and where we are behind",
-    )
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what got slower")
+    add("--accept", action="store_true", help="run the GPU's tests, then compare with cuDNN")
     return parser
 
 
-# --------------------------------------------------------------------------------------- run
-
-
-class Job(NamedTuple):
-    device: torch.device
-    sets: dict[str, Set]
-    providers: list[str]
-    seconds: float
-    out: Path
-    slow: dict[str, str]  # providers that are left out, and why
-    into: Path | None  # a file that quotes the results
-
-    def cases(self) -> list[Case]:
-        return list(dict.fromkeys(case for chosen in self.sets.values() for case in chosen.cases))
-
-
-def choose_sets(known: dict[str, Set], names: list[str] | None) -> dict[str, Set]:
-    """Those named; what is no set is a case. Raises BenchError."""
-    if names is None:
-        return known
-    chosen, single = {}, []
-    for name in names:
-        if name in known:
-            chosen[name] = known[name]
-            continue
+def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
+    """The cases of those sets, and those named. Raises BenchError."""
+    known = sets(gpu)
+    cases: list[Case] = []
+    for name in names or [name for name in known if name != "quick"]:
         try:
-            single.append(Case.parse(name))
+            cases += known[name] if name in known else [Case.parse(name)]
         except ValueError as error:
-            raise BenchError(
-                f"{name} is no set ({', '.join(known)}) and no case: {error}"
-            ) from error
-    return chosen | ({"named": Set("Cases named on the command line", single)} if single else {})
+            raise BenchError(f"a set is one of {', '.join(known)}; {error}") from error
+    for case in cases:
+        if DTYPES[case.dtype].tf32 and not gpu:
+            raise BenchError(f"{case}: tf32 is a mode of NVIDIA GPUs, and PyTorch finds no GPU")
+    return list(dict.fromkeys(cases))
 
 
-def checked_marks(path: Path | None) -> Path | None:
-    """The file, where it has room for a quotation: better found out before than after a run."""
+def open_results(out: Path, device: torch.device) -> Results:
+    """What is in --out already, or nothing where that was measured on something else."""
+    new = Results(store.make_header(device))
+    if not (out / store.JSON).exists():
+        return new
+    old = Results.read(out / store.JSON)
+    differ = old.header.differences(new.header)
+    if not differ and new.header.commit.isalnum():
+        return old
+    print(f"{out / store.JSON} is replaced: another {', '.join(differ) or 'state of the files'}")
+    return new
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = choose_cases(args.cases or (["quick"] if args.quick else None), device.type == "cuda")
+    providers = args.providers or DEFAULT
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+    part = args.quick or args.cases or args.providers or args.seconds
+    folder = Path("runs/bench") if part else store.ROOT / "bench/results"
+    out = args.out or folder / store.slug(store.device_name(device))
+    if args.into is not None:
+        report.put_between(args.into.read_text(encoding="utf-8"), "")  # better now than after
+    results = open_results(out, device)
+    results.write(out)  # a folder that cannot be written to is found out now
+
+    print(f"{results.header.device}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")
+    status = 0
     try:
-        if path is not None:
-            put_between(path.read_text(), "")
-    except OSError as error:
-        raise BenchError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise BenchError(f"{path} must hold {' and '.join(map(str.strip, MARKS))} once") from error
-    return path
-
-
-def prepare(args: argparse.Namespace) -> Job:
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    slow = {"compiled": TOO_SLOW} if args.quick and args.providers is None else {}
-    folder = slug(device_name(device))
-    default = Path("runs/bench") / folder if args.quick else ROOT / "bench/results" / folder
-    return Job(
-        device,
-        choose_sets(quick() if args.quick else sets(gpu), args.cases),
-        args.providers or list(PROVIDERS),
-        args.seconds or (QUICK_SECONDS if args.quick else SECONDS),
-        args.out or default,
-        slow,
-        checked_marks(args.into),
-    )
-
-
-def open_results(job: Job, mix: bool, fresh: bool) -> tuple[Results, list[tuple[Case, list[str]]]]:
-    """What --out holds already, and the providers of each case that are not in it."""
-    header = make_header(job.device)
-    there = (job.out / JSON).exists() and not fresh
-    results = Results.read(job.out / JSON) if there else Results(header, {})
-    todo = [(case, results.incomplete(case, job.providers)) for case in job.cases()]
-    todo = [(case, names) for case, names in todo if names]
-    if todo:
-        results.join(header, mix)
-    for name, chosen in job.sets.items():
-        cases = [str(case) for case in chosen.cases]
-        results.header["sets"][name] = {"title": chosen.title, "axis": chosen.axis, "cases": cases}
-    return results, todo
-
-
-def bounds(case: Case, device: torch.device, results: Results) -> Figures | str:
-    if device.type == "cuda":
-        return model_bounds(case, device)
-    rates = results.header["gemm_rates"]
-    if case.dtype not in rates:
-        rates[case.dtype] = gemm_rate(case.dtype, device)
-    return gemm_bounds(case, rates[case.dtype])
-
-
-def run(job: Job, results: Results, todo: list[tuple[Case, list[str]]]) -> None:
-    """Measure, and write after each case."""
-    limits = partial(bounds, device=job.device, results=results)
-    with tqdm(todo, unit="case", disable=not todo) as progress:
-        for case, names in progress:
-            progress.set_postfix_str(str(case))
-            rows = results.rows.setdefault(str(case), {})
-            rows |= {name: cannot(job.slow[name]) for name in names if name in job.slow}
-            timed = [name for name in names if name not in job.slow]
-            if "torch.nn" in set(job.providers) - set(timed):
-                timed.append("torch.nn")  # once more: the others' ratios are of one run
-            try:
-                measure(case, timed, job.device, job.seconds, limits, rows)
-            finally:
-                results.write(job.out)
-            progress.write(terminal(results, case, names))
-
-
-def finish(job: Job, results: Results) -> None:
-    """The CSV, the pictures, the page, and what another file quotes of it."""
-    results.write(job.out)
-    write_csv(results, job.out / CSV)
-    (job.out / REPORT).write_text(page(results, draw(results, job.out)))
-    if job.into is not None:
-        folder = os.path.relpath(job.out.resolve(), job.into.resolve().parent)
-        text = job.into.read_text()
-        job.into.write_text(put_between(text, quote(results, Path(folder).as_posix())))
-    print("time of torch.nn / ours: least, geometric mean, cases in which ours is behind")
-    print(in_short(results))
-    print(f"{job.out / REPORT}, {JSON} and {CSV} beside it")
-
-
-def benchmark(job: Job, mix: bool, fresh: bool) -> tuple[Results, int]:
-    """The results and an exit status: 1 where a provider was wrong or crashed, 130 after an
-    interrupt."""
-    results, todo = open_results(job, mix, fresh)
-    about = f"{results.header['device']}, {results.header['threads']} threads"
-    print(f"{about}: {len(job.cases())} cases, {', '.join(job.providers)}")
-    print(f"columns: {', '.join(headings(results.header['gpu'])[1:])}")
-    if not todo:
-        print(f"all of it was measured already, in {job.out}; --fresh measures anew")
-    try:
-        run(job, results, todo)
+        for i, case in enumerate(cases, 1):
+            print(f"[{i}/{len(cases)}] {case}", flush=True)
+            if not all(results.of(case, name).status for name in providers):
+                rows = measure(case, providers, device, seconds)
+                results.rows |= {(row.case, row.provider): row for row in rows}
+                results.write(out)
+            print(report.terminal(results, case), flush=True)
     except KeyboardInterrupt:
-        finish(job, results)
-        print(f"interrupted; the same command goes on from {job.out}", file=sys.stderr)
-        return results, 130
-    finish(job, results)
-    bad = [
-        f"{case} {name}: {row['status']}: {row['reason']}"
-        for case, rows in results.rows.items()
-        for name, row in rows.items()
-        if row.get("status") in (WRONG, CRASHED)
-    ]
-    print("\n".join(bad), end="\n" if bad else "", file=sys.stderr)
-    return results, 1 if bad else 0
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        status = 130
+
+    report.write_page(results, out)
+    if args.into is not None:
+        link = Path(os.path.relpath(out.resolve(), args.into.resolve().parent)).as_posix()
+        text = args.into.read_text(encoding="utf-8")
+        store.write_whole(args.into, report.put_between(text, report.summary(results, link)))
+    slower = report.slower_than_torch(results)
+    print(
+        "\n".join([report.in_short(results), f"slower than torch.nn: {len(slower)}", *slower[:10]])
+    )
+    print(f"written: {out / report.PAGE} and {store.JSON}")
+    for row in results.rows.values():
+        if row.status in (WRONG, CRASHED):
+            print(f"{row.case} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)
+            status = status or int(row.provider in OURS)
+    return status
 
 
-# --------------------------------------------------------------------------- compare, accept
-
-
-def show_comparison(paths: list[Path], threshold: float) -> int:
+def show_comparison(paths: Sequence[Path]) -> int:
     before, after = (Results.read(path) for path in paths)
-    for field in SAME:
-        here, there = (results.header.get(field) for results in (before, after))
-        if here != there:
-            print(f"the {field} differs: {here}, then {there}")
-    changes, lost = compare(before, after, threshold)
-    if not changes and not lost:
-        raise BenchError(f"{paths[0]} and {paths[1]} have no figure in common")
-    for change in changes:
-        if change.slower or change.faster:
-            control = "" if change.control is None else f" (torch.nn: {change.control:.2f})"
-            word = "slower" if change.slower else "faster"
-            what = f"{change.case} {change.provider} {change.figure}"
-            print(f"{word} {change.factor:.2f}{control}  {what}")
-    print("\n".join(lost), end="\n" if lost else "")
-    slower = sum(change.slower for change in changes)
-    faster = sum(change.faster for change in changes)
-    print(f"{len(changes)} figures: {slower} slower, {faster} faster, {len(lost)} lost")
-    return 1 if slower or lost else 0
+    for name in before.header.differences(after.header):
+        print(f"another {name}: {getattr(before.header, name)}, now {getattr(after.header, name)}")
+    if not before.rows.keys() & after.rows.keys():
+        raise BenchError(f"{paths[0]} and {paths[1]} have no case and provider in common")
+    slower, faster = store.compare(before, after)
+    print("\n".join([*slower, *faster, f"{len(slower)} slower, {len(faster)} faster"]))
+    return 1 if slower else 0
 
 
 def accept(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        raise BenchError("--accept needs a GPU, and torch.cuda.is_available() is false")
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=ROOT)
-    if tests.returncode != 0:
+        raise BenchError("--accept needs a GPU, and PyTorch finds none here")
+    if subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=store.ROOT).returncode:
         print("the GPU's tests failed: nothing was timed", file=sys.stderr)
         return 1
-    args.providers = args.providers or list(HEAD_TO_HEAD)
-    args.cases = args.cases or ["grid", "dtype", "sequences", "published"]
-    results, status = benchmark(prepare(args), args.mix, args.fresh)
-    behind = behind_rows(results, ["fused"])
-    for ratio, _, case, figure in behind:
-        print(f"behind cuDNN: {ratio:.2f}  {case} {figure}")
-    print(f"behind cuDNN in {len(behind)} figures")
-    return status
-
-
-def show_list(args: argparse.Namespace) -> None:
-    gpu = torch.cuda.is_available()
-    for name, chosen in (quick() if args.quick else sets(gpu)).items():
-        print(f"{name}: {chosen.title}")
-        print("\n".join(f"    {case}" for case in chosen.cases))
-    print("providers")
-    for provider in PROVIDERS.values():
-        print(f"    {provider.name}: {provider.about}")
+    args.providers = args.providers or ["auto", "torch.nn"]
+    return benchmark(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 where something was slower, wrong or crashed; 2 for an error of the
-    command line; 130 after an interrupt."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        if args.list:
-            show_list(args)
-            return 0
         if args.compare:
-            return show_comparison(args.compare, args.threshold)
-        if args.accept:
-            return accept(args)
-        return benchmark(prepare(args), args.mix, args.fresh)[1]
+            return show_comparison(args.compare)
+        return accept(args) if args.accept else benchmark(args)
     except BenchError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.strerror}: {error.filename or 'while writing'}")
 
 
 if __name__ == "__main__":

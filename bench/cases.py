@@ -1,55 +1,40 @@
-"""What is measured, as values: a case, its readable name, and the named sets of cases."""
+"""What is measured, as values: a case with a readable name, and the named sets of cases."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import rnn
-from rnn import reference
-
-State = tuple[Tensor, ...]  # h (B, H) first, then what else the cell carries
+from rnn.modules import MODULES
 
 
-class Cell(NamedTuple):
-    """A cell for those who are not ours: the class in torch.nn, and one step of it in eager mode.
+class Twin(NamedTuple):
+    """A cell in torch.nn: the network over all steps, and the single step."""
 
-    step(x_gates, h_gates, state) -> state, where x_gates = W_ih x + b_ih and h_gates = W_hh h +
-    b_hh, both (B, G * H).
-    """
-
-    torch_nn: Callable[..., torch.nn.RNNBase]
-    ours: Callable[..., torch.nn.RNNBase]
-    arguments: dict[str, Any]  # of both constructors
-    step: Callable[[Tensor, Tensor, State], State]
-    smooth: bool = True  # else rounding decides between a gradient and none at the kink
+    network: Callable[..., nn.RNNBase]
+    step: Callable[..., nn.RNNCellBase]
 
 
-STEPS = {
-    "rnn_tanh": Cell(
-        torch.nn.RNN,
-        rnn.RNN,
-        {"nonlinearity": "tanh"},
-        lambda x_gates, h_gates, state: (torch.tanh(x_gates + h_gates),),
+TWINS = {
+    "rnn_tanh": Twin(
+        partial(nn.RNN, nonlinearity="tanh"), partial(nn.RNNCell, nonlinearity="tanh")
     ),
-    "rnn_relu": Cell(
-        torch.nn.RNN,
-        rnn.RNN,
-        {"nonlinearity": "relu"},
-        lambda x_gates, h_gates, state: (torch.relu(x_gates + h_gates),),
-        smooth=False,
+    "rnn_relu": Twin(
+        partial(nn.RNN, nonlinearity="relu"), partial(nn.RNNCell, nonlinearity="relu")
     ),
+    "gru": Twin(nn.GRU, nn.GRUCell),
+    "lstm": Twin(nn.LSTM, nn.LSTMCell),
 }
-CELLS = {name: STEPS[name] for name in reference.CELLS}  # a KeyError: a cell that has no line here
+CELLS = [name for name in MODULES if name in TWINS]  # what both sides have
 
 
 class Dtype(NamedTuple):
-    """`floor`: the relative error that nobody is blamed for (bench/check.py)."""
-
     torch: torch.dtype
     tf32: bool  # whether products of float32 may be rounded to tf32
-    floor: float
+    floor: float  # a relative error that is never called wrong
 
 
 DTYPES = {
@@ -64,7 +49,7 @@ DTYPES = {
 class Case(NamedTuple):
     """A stack of layers on an input (T, B, I). str(case) names it, Case.parse reads that name."""
 
-    cell: str
+    cell: str  # one of CELLS
     T: int
     B: int
     I: int
@@ -84,36 +69,15 @@ class Case(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "Case":
         """The case of that name; I may be left out where it is H. Raises ValueError."""
-        values: dict[str, Any] = {}
-        letters = {"T": "T", "B": "B", "I": "I", "H": "H", "L": "layers"}
-        for part in name.split("-"):
-            if part in CELLS:
-                values["cell"] = part
-            elif part in DTYPES:
-                values["dtype"] = part
-            elif part in ("bidirectional", "packed"):
-                values[part] = True
-            elif part[:1] in letters and part[1:].isdecimal() and int(part[1:]) > 0:
-                values[letters[part[0]]] = int(part[1:])
-            else:
-                raise ValueError(
-                    f"{part!r} of {name!r} is no cell ({', '.join(CELLS)}), no dtype "
-                    f"({', '.join(DTYPES)}), and none of T, B, I, H or L with a number, "
-                    "bidirectional, packed"
-                )
-        values.setdefault("I", values.get("H"))
-        missing = [field for field in ("cell", "T", "B", "H") if field not in values]
-        if missing:
-            raise ValueError(f"{name!r} lacks {', '.join(missing)}: for example {EXAMPLE}")
-        return cls(**values)
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def gates(self) -> int:
-        return reference.CELLS[self.cell].gates
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"a case is named as {EXAMPLE}, with a cell of {', '.join(CELLS)} and, where it is "
+                f"not float32, a dtype of {', '.join(DTYPES)}; got {name!r}"
+            )
+        cell, T, B, I, H, layers, bidirectional, packed, dtype = match.groups()
+        sizes = (int(T), int(B), int(I or H), int(H), int(layers or 1))
+        return cls(cell, *sizes, bool(bidirectional), bool(packed), dtype or "float32")
 
     @property
     def steps(self) -> int:
@@ -121,7 +85,7 @@ class Case(NamedTuple):
         return self.T * self.layers
 
     def lengths(self) -> Tensor | None:
-        """(B,) int64 on the CPU, at least one of them T."""
+        """(B,) int64 on the CPU, one of them T; None where all rows have T steps."""
         if not self.packed:
             return None
         generator = torch.Generator().manual_seed(self.T * self.B)
@@ -129,146 +93,47 @@ class Case(NamedTuple):
         lengths[self.B // 2] = self.T
         return lengths
 
-    def flops(self) -> float:
-        """Floating-point operations of the products of a forward pass; a backward pass has twice
-        as many. What is behind the end of a row is not counted."""
-        lengths = self.lengths()
-        rows = self.T * self.B if lengths is None else int(lengths.sum())
-        D, H = self.directions, self.H
-        widths = [self.I] + [D * H] * (self.layers - 1)
-        return 2.0 * rows * D * self.gates * H * sum(I + H for I in widths)
 
-    def saved_bytes_per_step(self) -> int:
-        """Of one layer: `output` of a step, all that this library saves for each step."""
-        return self.B * self.directions * self.H * DTYPES[self.dtype].torch.itemsize
-
-
-COMPILED_STEPS = 32  # torch.compile unrolls the loop over time: what it takes grows with T
-
+NUMBER = "([1-9][0-9]*)"
+NAME = re.compile(
+    rf"({'|'.join(CELLS)})-T{NUMBER}-B{NUMBER}(?:-I{NUMBER})?-H{NUMBER}(?:-L{NUMBER})?"
+    rf"(-bidirectional)?(-packed)?(?:-({'|'.join(DTYPES)}))?"
+)
 EXAMPLE = Case("rnn_tanh", 128, 16, 64, 256, 2, True, dtype="bfloat16")
 
-# What others published their figures on, as shapes; the cells are those that exist here.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    # Pöppel et al., FlashRNN, arXiv 2412.07752: batch 16, 1024 steps, heads x head size = 768. A
-    # network of torch.nn is one head.
-    "FlashRNN": {"T": 1024, "B": 16, "H": 768, "dtype": "bfloat16"},
-    # Diamos et al., Persistent RNNs, ICML 2016: layers of 1152, batch 4. T is ours.
-    "persistent RNN": {"T": 256, "B": 4, "H": 1152, "dtype": "float32"},
-    # pytorch/rl, its Triton kernels of a GRU: batch 16, 512 steps, hidden size 512.
-    "torchrl": {"T": 512, "B": 16, "H": 512, "dtype": "float32"},
-}
-SHAPES = [
-    (128, 16, 128),
-    (256, 32, 256),
-    (512, 8, 512),
-    (64, 64, 1024),
-    (1024, 1, 256),
-    (128, 64, 64),
+SHAPES = [(128, 16, 128), (256, 32, 256), (512, 8, 512), (64, 64, 1024), (1024, 1, 256)]
+SHAPES += [(128, 64, 64)]  # T, B, H
+
+PUBLISHED = [
+    ("lstm", 1024, 16, 768),  # Pöppel et al., FlashRNN, arXiv 2412.07752; one head here
+    ("rnn_tanh", 256, 4, 1152),  # Diamos et al., Persistent RNNs, ICML 2016; T is ours
+    ("gru", 512, 16, 512),  # pytorch/rl, its Triton kernels
 ]
 
 
-class Set(NamedTuple):
-    """Cases of one table. `axis`: the field that is swept, or "grid" for B against H."""
+def sets(gpu: bool) -> dict[str, list[Case]]:
+    """The cases by the name of their set, sized for a GPU or for a CPU with a few cores. All but
+    `quick` make up a full run: on two cores some ten minutes with four cells."""
+    T, dtype = (256, "bfloat16") if gpu else (32, "float32")
+    others = ("float32", "tf32", "float16") if gpu else ("bfloat16", "float64")
+    cells = [cell for cell in CELLS if cell != "rnn_relu"]  # as fast as rnn_tanh
 
-    title: str
-    cases: list[Case]
-    axis: str = ""
+    def case(cell: str, T: int, B: int, H: int, **fields: Any) -> Case:
+        return Case(cell, T, B, H, H, **{"dtype": dtype} | fields)
 
-
-def sets(gpu: bool) -> dict[str, Set]:
-    """The named sets, sized for a GPU or for a CPU with a few cores."""
-    T, B, H = (256, 16, 512) if gpu else (64, 16, 256)
-    dtype = "bfloat16" if gpu else "float32"
-    first, *others = CELLS
-
-    def case(**fields: Any) -> Case:
-        given: dict[str, Any] = {"cell": first, "T": T, "B": B, "H": H, "dtype": dtype} | fields
-        return Case(**({"I": given["H"]} | given))
-
-    def sweep(field: str, values: Iterable, **fields: Any) -> list[Case]:
-        return [case(**(fields | {field: value})) for value in values]
-
-    doublings = [2**n for n in range(15)]
-    across: dict[str, list] = {
-        "H": doublings[6:13],
-        "B": doublings[: 11 : 1 if gpu else 2],
-        "T": doublings[4 : 15 : 1 if gpu else 2],
-        "layers": doublings[:4],
-        "dtype": ["float32", "tf32", "bfloat16", "float16"]
-        if gpu
-        else ["float32", "tf32", "bfloat16", "float16", "float64"],
-    }
-    grid_h = doublings[7:12] if gpu else doublings[6:10]
-    grid_b = doublings[:11:2] if gpu else doublings[:9:2]
-    published = [shape if gpu else shape | {"dtype": "float32"} for shape in PUBLISHED.values()]
-    small = [(1, 1, 64), (16, 1, 16), (16, 1, 64), (64, 1, 64)]
+    kinds: list[dict[str, Any]] = [{"layers": 2}, {"bidirectional": True}, {"packed": True}]
+    kinds += [{"layers": 2, "bidirectional": True, "packed": True}]
+    sizes = (64, 128, 256, 384, 512, 768, 1024)
     return {
-        "H": Set("Hidden size", sweep("H", across["H"], T=T if gpu else COMPILED_STEPS), "H"),
-        "B": Set("Batch", sweep("B", across["B"]), "B"),
-        "T": Set("Time steps", sweep("T", across["T"], B=4, H=128), "T"),
-        "layers": Set("Layers", sweep("layers", across["layers"]), "layers"),
-        "dtype": Set("Dtypes", sweep("dtype", across["dtype"]), "dtype"),
-        "cells": Set(
-            "The other cells",
-            [
-                case(cell=cell, **shape)
-                for cell in others
-                for shape in ({}, {"B": 1, "H": 64}, {"B": 64, "H": 512})
-            ],
-        ),
-        "sequences": Set(
-            "Two directions; rows of different length",
-            [
-                case(**shape, **kind)
-                for shape in ({}, {"T": 4 * T, "B": 4 * B, "H": H // 2})
-                for kind in (
-                    {"bidirectional": True},
-                    {"packed": True},
-                    {"bidirectional": True, "packed": True, "layers": 2},
-                )
-            ],
-        ),
-        "six-shapes": Set(
-            "Six shapes, three kinds of network",
-            [
-                Case(first, T, B, H, H, **kind)
-                for kind in ({}, {"layers": 2}, {"bidirectional": True})
-                for T, B, H in SHAPES
-            ],
-        ),
-        "grid": Set(
-            "Batch against hidden size",
-            [case(B=B, H=H) for H in grid_h for B in grid_b],
-            "grid",
-        ),
-        "published": Set(
-            "Shapes that others published on: " + ", ".join(PUBLISHED),
-            [case(**shape) for shape in published],
-        ),
-        "small": Set(
-            "Little work, where overhead shows",
-            [case(T=T, B=B, H=H) for T, B, H in small],
-        ),
-    }
-
-
-def quick() -> dict[str, Set]:
-    """The sets of --quick: within two minutes on two cores."""
-    cell = next(iter(CELLS))
-    return {
-        "H": Set("Hidden size", [Case(cell, 32, 16, H, H) for H in (64, 256, 1024)], "H"),
-        "T": Set("Time steps", [Case(cell, T, 4, 64, 64) for T in (16, 128, 1024)], "T"),
-        "grid": Set(
-            "Batch against hidden size",
-            [Case(cell, 32, B, H, H) for H in (64, 256) for B in (1, 16, 64)],
-            "grid",
-        ),
-        "kinds": Set(
-            "Other cells, kinds and dtypes",
-            [
-                *(Case(other, 32, 16, 128, 128) for other in list(CELLS)[1:]),
-                Case(cell, 32, 16, 64, 128, layers=2, bidirectional=True, packed=True),
-                Case(cell, 32, 16, 128, 128, dtype="bfloat16"),
-            ],
-        ),
+        "shapes": [case(cell, *shape) for cell in CELLS for shape in SHAPES],
+        "published": [case(*shape) for shape in PUBLISHED if shape[0] in CELLS],
+        "sizes": [case(cell, T, 16, H) for cell in cells for H in sizes],
+        "kinds": [case(cell, 64, 16, 256, **kind) for cell in cells for kind in kinds],
+        "dtypes": [case(cell, 64, 16, 256, dtype=other) for cell in cells for other in others],
+        "small": [case(cell, T, 1, H) for cell in cells for T, H in ((1, 64), (16, 16), (64, 64))],
+        "quick": [
+            *(case(cell, 32, 16, H) for cell in CELLS for H in (64, 256)),
+            *(case(cell, 32, 16, 128, **kinds[-1]) for cell in cells),
+            case("rnn_tanh", 32, 16, 128, dtype="bfloat16"),
+        ],
     }

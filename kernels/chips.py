@@ -31,7 +31,8 @@ class Chip(NamedTuple):
 
     @property
     def matrix_unit(self) -> str:
-        return {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(self.target, "mma")
+        nvidia = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(self.target, "mma")
+        return nvidia if self.target.startswith("sm_") else "mfma"
 
     def limits(self) -> Limits:
         """What plan.device_limits would return for this chip."""

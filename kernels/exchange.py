@@ -55,8 +55,11 @@ def gather(
 
 
 @triton.jit
-def report(alive, tile, fault_ptr, launch):
-    """The tile, or NaN and a word to the host where a wait was given up."""
+def report(alive, tiles, fault_ptr, launch):
+    """The tiles, or NaN and a word to the host where a wait was given up."""
     if not alive:
         tl.atomic_max(fault_ptr, launch, sem="relaxed", scope="sys")
-    return tl.where(alive, tile, float("nan")).to(tile.dtype)
+    reported = ()
+    for i in tl.static_range(len(tiles)):
+        reported += (tl.where(alive, tiles[i], float("nan")).to(tiles[i].dtype),)
+    return reported

@@ -1,17 +1,20 @@
 """The launchers: they allocate what a kernel writes, and launch it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import faults
 from .cells import CELLS
-from .layout import empty_steps, stride_arguments
-from .plan import Plan
-from .recurrence import forward_kernel, reverse_kernel
+from .layout import Inputs, dense, empty_steps, stride_arguments
+from .plan import KernelUnavailable, Plan
+from .recurrence import backward_kernel, forward_kernel
 
 PATIENCE = 1 << 22  # polls of a flag, each a trip to L2: some seconds, then the wait is given up
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
@@ -22,17 +25,40 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@contextmanager
+def compiled(what: str, plan: Plan) -> Iterator[None]:
+    """Raise KernelUnavailable where this Triton or this device cannot take the planned kernel."""
+    try:
+        yield
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        raise KernelUnavailable(
+            f"Triton {triton.__version__} has no kernel for the {what} ({plan}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def tf32_parts(weight: Tensor, parts: int) -> Tensor:
     """W_hh as the kernels take it: (parts, *weight.shape), float32 as tf32, high part then low."""
-    if weight.dtype != torch.float32:
-        return weight.contiguous().unsqueeze(0)
     weight = weight.contiguous()
-    high = ((weight.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    if weight.dtype != torch.float32:
+        return weight.unsqueeze(0)
+    # As products.round_tf32: the sum gives every NaN a payload in the bits that stay, and what
+    # would round up to infinity is cut off.
+    bits = (weight + 0.0).view(torch.int32)
+    bits = torch.where(weight.abs() < 3.401992901712019e38, bits + 0x1000, bits)
+    high = (bits & -0x2000).view(torch.float32)
     return torch.stack([high, weight - high][:parts])
 
 
 def launch(
-    kernel: Any, plan: Plan, what: str, like: Tensor, T: int, B: int, width: int, **arguments: Any
+    kernel: Any,
+    plan: Plan,
+    what: str,
+    like: Tensor,
+    T: int,
+    B: int,
+    width: int,  # of what a row exchanges
+    **arguments: Any,
 ) -> None:
     """Launch a kernel over all batch tiles; sliced, with what the slices talk through."""
     exchange, flags, fault, number = None, None, None, 0
@@ -41,7 +67,7 @@ def launch(
         exchange = like.new_empty(2, plan.directions, B, width)
         flags = like.new_zeros(plan.directions, plan.tiles, T, dtype=torch.int32)
         arguments["launch_cooperative_grid"] = True
-    with on_device(like):
+    with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
             kernel[grid](
                 exchange_ptr=exchange,
@@ -52,10 +78,12 @@ def launch(
                 first_tile=first_tile,
                 launch=number,
                 patience=PATIENCE,
-                BLOCK_H=plan.block_h,
+                BLOCK_S=plan.block_s,
                 BLOCK_B=plan.block_b,
+                APPROXIMATE=plan.approximate,
                 PARTS=plan.parts,
                 SLICES=plan.slices,
+                CHUNK=plan.chunk,
                 CHUNKS=plan.chunks,
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
@@ -63,84 +91,122 @@ def launch(
             )
 
 
+def read_arguments(plan: Plan, cell: Any, inputs: Inputs) -> dict[str, Any]:
+    """The arguments that both kernels read alike."""
+    _, B, H = inputs.state0[0].shape
+    lengths, offsets = inputs.lengths, inputs.offsets
+    return dict(
+        B=B,
+        H=H,
+        GATES=cell.gates,
+        STORED=cell.stored,
+        state0_ptrs=tuple(s.contiguous() for s in inputs.state0),
+        weight_hh_ptr=tf32_parts(inputs.weight_hh, plan.parts),
+        param_ptrs=tuple(p.contiguous() for p in inputs.params),
+        lengths_ptr=None if lengths is None else lengths.contiguous(),
+        offsets_ptr=None if offsets is None else offsets.contiguous(),
+        reverse=int(inputs.reverse),
+    )
+
+
 def forward(
     plan: Plan,
-    cell: str,
-    x_gates: Tensor,  # (T, B, D * G * H)
-    h0: Tensor,  # (D, B, H)
-    weight_hh: Tensor,  # (D, G * H, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward loop; returns output (T, B, D * H) and h_n (D, B, H)."""
-    T, B, _ = x_gates.shape
-    D, _, H = h0.shape
-    if x_gates.stride(2) != 1:
-        x_gates = x_gates.contiguous()
+    cell: Any,  # has name, gates, states, stored, params, split, as the cells of the package
+    inputs: Inputs,
+    save: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Launch the forward loop.
+
+    Returns output (T, B, D * H) in the memory order of x_gates, or packed as x_gates is; the last
+    states, each (D, B, H); and what the backward pass needs besides, as output but D * K * H wide
+    for the K of cell.stored: the states beside h, then what the cell's step saves. None if not
+    save, or if it needs nothing. Inactive steps are zero in output, and unwritten in the last.
+    """
+    x_gates = dense(inputs.x_gates)
+    D, _, H = inputs.state0[0].shape
     output = empty_steps(x_gates, D * H)
-    h_n = h0.new_empty(D, B, H)
+    stored = empty_steps(x_gates, D * cell.stored * H) if save and cell.stored else None
+    state_n = tuple(
+        torch.empty_like(s, memory_format=torch.contiguous_format) for s in inputs.state0
+    )
     launch(
         forward_kernel,
         plan,
-        f"forward pass of {cell}",
+        f"forward pass of {cell.name}",
         x_gates,
-        T,
-        B,
-        H,
+        x_gates.size(0) if inputs.offsets is None else inputs.offsets.numel(),
+        width=H,
         x_gates_ptr=x_gates,
-        h0_ptr=h0.contiguous(),
-        weight_hh_ptr=tf32_parts(weight_hh, plan.parts),
-        lengths_ptr=None if lengths is None else lengths.contiguous(),
         output_ptr=output,
-        h_n_ptr=h_n,
-        reverse=int(reverse),
-        **stride_arguments(x_gates=x_gates, output=output),
-        H=H,
-        GATES=CELLS[cell].gates,
-        STEP=CELLS[cell].step_approx if plan.approximate else CELLS[cell].step,
+        stored_ptr=stored,
+        state_n_ptrs=state_n,
+        STEP=CELLS[cell.name].step,
+        READS_H=CELLS[cell.name].reads_h,
+        STACKED=plan.stacked,
+        **stride_arguments(
+            x_gates=x_gates, output=output, stored=output if stored is None else stored
+        ),
+        **read_arguments(plan, cell, inputs),
     )
-    return output, h_n
+    return output, state_n, stored
 
 
-def reverse(
+def backward(
     plan: Plan,
-    cell: str,
-    d_output: Tensor | None,  # (T, B, D * H)
-    d_h_n: Tensor | None,  # (D, B, H)
-    output: Tensor,  # (T, B, D * H), as forward returned it
-    weight_hh: Tensor,  # (D, G * H, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: bool,
+    cell: Any,
+    inputs: Inputs,  # as in the forward pass; x_gates is not looked at
+    output: Tensor,  # as forward returned it, in whatever layout it comes back
+    stored: Tensor | None,
+    d_output: Tensor | None,
+    d_state_n: tuple[Tensor | None, ...],
     need_d_x_gates: bool,
-    need_d_h0: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the reverse loop; returns d_x_gates (T, B, D * G * H) and d_h0 (D, B, H)."""
-    T, B, _ = output.shape
-    D, _, H = weight_hh.shape
-    gates = CELLS[cell].gates
-    if d_output is not None and d_output.stride(2) != 1:
-        d_output = d_output.contiguous()
-    d_x_gates = empty_steps(output, D * gates * H) if need_d_x_gates else None
-    d_h0 = output.new_empty(D, B, H) if need_d_h0 else None
+    need_d_state0: bool,
+    need_d_params: bool,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+    """Launch the backward loop.
+
+    Returns d_x_gates, like x_gates and zero at inactive steps; d_h_gates, the same tensor where
+    the cell splits no gate; d_state0, each (D, B, H); d_params, each (D, H), summed in float32 in
+    an order that is always the same. Each is None where it is not needed.
+    """
+    D, B, H = inputs.state0[0].shape
+    output = dense(output)
+    stored = None if stored is None else dense(stored)
+    d_output = None if d_output is None else dense(d_output)
+    d_x_gates = d_h_gates = d_params = None
+    if need_d_x_gates:
+        d_x_gates = empty_steps(output, D * cell.gates * H)
+        d_h_gates = empty_steps(output, D * cell.gates * H) if cell.split else d_x_gates
+    d_state0 = tuple(output.new_empty(D, B, H) if need_d_state0 else None for _ in d_state_n)
+    if need_d_params and inputs.params:
+        shape = len(inputs.params), plan.tiles, D, H
+        d_params = output.new_empty(shape, dtype=torch.float32)
     launch(
-        reverse_kernel,
+        backward_kernel,
         plan,
-        f"reverse pass of {cell}",
+        f"backward pass of {cell.name}",
         output,
-        T,
-        B,
-        gates * H,
+        output.size(0) if inputs.offsets is None else inputs.offsets.numel(),
+        width=cell.gates * H,
         d_output_ptr=d_output,
-        d_h_n_ptr=None if d_h_n is None else d_h_n.contiguous(),
+        d_state_n_ptrs=tuple(None if d is None else d.contiguous() for d in d_state_n),
         output_ptr=output,
-        weight_hh_ptr=tf32_parts(weight_hh, plan.parts),
-        lengths_ptr=None if lengths is None else lengths.contiguous(),
+        stored_ptr=stored,
         d_x_gates_ptr=d_x_gates,
-        d_h0_ptr=d_h0,
-        reverse=int(reverse),
-        **stride_arguments(d_output=output if d_output is None else d_output, output=output),
-        H=H,
-        GATES=gates,
-        STEP_VJP=CELLS[cell].step_vjp,
+        d_h_gates_ptr=d_h_gates if cell.split else None,
+        d_state0_ptrs=d_state0,
+        d_params_ptr=d_params,
+        STEP_VJP=CELLS[cell.name].step_vjp,
+        RECALLS=cell.states > 1 or CELLS[cell.name].reads_h,
+        **stride_arguments(
+            x_gates=output if d_x_gates is None else d_x_gates,
+            output=output,
+            stored=output if stored is None else stored,
+            d_output=output if d_output is None else d_output,
+        ),
+        **read_arguments(plan, cell, inputs),
     )
-    return d_x_gates, d_h0
+    if need_d_params:
+        parts = () if d_params is None else d_params.sum(1)
+        d_params = tuple(d.to(p.dtype) for d, p in zip(parts, inputs.params))
+    return d_x_gates, d_h_gates, d_state0 if need_d_state0 else None, d_params

@@ -1,34 +1,9 @@
-"""How the (T, B, features) tensors of a layer lie in memory. Needs no triton."""
+"""What a layer reads, and how the tensors that have steps lie in memory. Needs no triton."""
 
 import math
 from typing import NamedTuple
 
 from torch import Tensor
-
-
-def is_batch_major(steps: Tensor) -> bool:
-    """Whether the memory of a (T, B, _) tensor runs through all T of a row before the next row."""
-    return steps.stride(1) > steps.stride(0)
-
-
-def empty_steps(like: Tensor, width: int) -> Tensor:
-    """An unwritten (T, B, width) in the memory order of `like`, itself (T, B, _)."""
-    T, B, _ = like.shape
-    if is_batch_major(like):
-        return like.new_empty(B, T, width).transpose(0, 1)
-    return like.new_empty(T, B, width)
-
-
-def stride_arguments(**steps: Tensor) -> dict[str, int]:
-    """The time and batch strides of (T, B, _) tensors, as a kernel takes them: <name>_stride_t and
-    <name>_stride_b in units of UNIT elements, the largest power of two, at most 16, that divides
-    them all."""
-    unit = math.gcd(16, *(stride for x in steps.values() for stride in x.stride()[:2]))
-    arguments = {"UNIT": unit}
-    for name, x in steps.items():
-        arguments[f"{name}_stride_t"] = x.stride(0) // unit
-        arguments[f"{name}_stride_b"] = x.stride(1) // unit
-    return arguments
 
 
 class Inputs(NamedTuple):
@@ -42,3 +17,36 @@ class Inputs(NamedTuple):
     lengths: Tensor | None = None  # (B,): row b is active while t < lengths[b]
     offsets: Tensor | None = None  # (T,) int64, with lengths, then longest row first: packed
     reverse: bool = False  # direction 0 walks from T - 1 down to 0, and direction 1 upwards
+
+
+def is_batch_major(steps: Tensor) -> bool:
+    """Whether the memory of a (T, B, _) tensor runs through all T of a row before the next row."""
+    return steps.dim() == 3 and steps.stride(1) > steps.stride(0)
+
+
+def empty_steps(like: Tensor, width: int) -> Tensor:
+    """An unwritten (T, B, width) in the memory order of `like`, itself (T, B, _); or both packed,
+    (N, width)."""
+    if is_batch_major(like):
+        return like.new_empty(like.size(1), like.size(0), width).transpose(0, 1)
+    return like.new_empty(*like.shape[:-1], width)
+
+
+def dense(steps: Tensor) -> Tensor:
+    """The tensor itself, or a copy in its memory order, so that each row is one piece of memory."""
+    if steps.stride(-1) == 1 or steps.size(-1) == 1:
+        return steps
+    return empty_steps(steps, steps.size(-1)).copy_(steps)
+
+
+def stride_arguments(**steps: Tensor) -> dict[str, int]:
+    """The time and batch strides of tensors with steps, as a kernel takes them: <name>_stride_t and
+    <name>_stride_b in units of UNIT elements, the largest power of two, at most 16, that divides
+    them all. Packed, both are the stride from row to row."""
+    strides = {name: (x.stride(0), x.stride(-2)) for name, x in steps.items()}
+    unit = math.gcd(16, *(stride for pair in strides.values() for stride in pair))
+    arguments = {"UNIT": unit}
+    for name, (stride_t, stride_b) in strides.items():
+        arguments[f"{name}_stride_t"] = stride_t // unit
+        arguments[f"{name}_stride_b"] = stride_b // unit
+    return arguments

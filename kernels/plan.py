@@ -3,6 +3,7 @@
 There is no autotuning: the same question always has the same answer, and it takes microseconds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,13 +11,47 @@ from typing import NamedTuple
 import torch
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-MIN_BLOCK_H = 16  # tl.dot sums over no fewer than this
-MIN_BLOCK_S = 32  # hidden units of a slice: with fewer, most warps have no rows of their own
+MIN_BLOCK = 16  # tl.dot sums over no fewer than this
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
 L2_BYTES_PER_CLOCK = 64  # into one SM (NVIDIA, A100 white paper)
 L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 L2_TRIP = 300  # clocks there and back; assumed, 250 to 330 were published for A100 and H100
+FENCE = 500  # clocks until a block's stores are seen by the others; assumed
+SIGNAL = 16  # clocks from one block's signal to the next at one address of L2; assumed
+
+
+class KernelUnavailable(RuntimeError):  # noqa: N818
+    """A planned kernel that this Triton cannot compile or this device cannot hold."""
+
+
+class Layer(NamedTuple):
+    """What a plan depends on of a layer: numbers, not the cell."""
+
+    gates: int
+    states: int
+    stored: int
+    params: int
+    hidden_size: int
+    batch: int
+    directions: int
+    dtype: torch.dtype
+    tf32: bool  # float32 products may be rounded to tf32; other dtypes ignore it
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def parts(self) -> int:
+        """tf32 tiles that a float32 tile of W_hh is split into: products of two parts, three of
+        them, give nearly all of float32."""
+        return 2 if self.dtype == torch.float32 and not self.tf32 else 1
+
+    @property
+    def dtype_name(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} (tf32x3)" if self.parts == 2 else name
 
 
 class Limits(NamedTuple):
@@ -27,7 +62,7 @@ class Limits(NamedTuple):
     sms: int  # streaming multiprocessors
     cooperative: bool  # blocks of one launch may wait for each other
     tanh_approx: bool  # there is an instruction for tanh
-    matrix_unit: str  # "mma" (operands from registers), "wgmma" (sm_90) or "tcgen05" (sm_100)
+    matrix_unit: str  # "mma" (operands from registers), "wgmma" (sm_90), "tcgen05" (sm_100), "mfma"
 
 
 class NoPlan(NamedTuple):
@@ -43,14 +78,16 @@ class NoPlan(NamedTuple):
 class Plan:
     """How both kernels of one layer are launched. str(plan) says it in a line."""
 
-    block_h: int  # hidden units, padded to a power of two
+    block_s: int  # hidden units of a block: all, padded to a power of two, or a slice of them
     block_b: int  # batch rows of a tile
     tiles: int  # batch tiles
     tiles_at_once: int  # of one launch: sliced blocks wait for each other, so all must be resident
     slices: int  # blocks that share one W_hh
-    chunks: int  # pieces that the sum over hidden units is cut into
+    chunk: int  # units that one product sums over
+    chunks: int  # products that make up the sum over all units
     directions: int
     parts: int  # tf32 tiles that one float32 tile of W_hh is split into; 1 for 16-bit dtypes
+    stacked: bool  # four gates of W_hh lie one below the other in one tile
     approximate: bool  # tanh by the chip's own instruction
     num_warps: int
     num_stages: int
@@ -66,6 +103,11 @@ class Plan:
             for first in range(0, self.tiles, self.tiles_at_once)
         ]
 
+    def rounds(self) -> int:
+        """How often a step's clocks pass, one launch or one wave of blocks after the other."""
+        waves = -(-self.tiles_at_once * self.directions * self.slices // self.limits.sms)
+        return len(self.grids()) * max(1, waves)
+
     def __str__(self) -> str:
         launches = len(self.grids())
         return (
@@ -73,7 +115,7 @@ class Plan:
             f"{self.limits.sram / 1024:.0f} KiB each ({self.limits.name}); {self.tiles} batch "
             f"tile(s) x {self.directions} direction(s) on {self.limits.sms} SMs"
             + (f" in {launches} launches" if launches > 1 else "")
-            + f"; tile {self.block_h // self.slices} units x {self.block_b} rows, "
+            + f"; tile {self.block_s} units x {self.block_b} rows, "
             f"{self.num_warps} warps" + (", tf32x3" if self.parts == 2 else "")
         )
 
@@ -85,137 +127,148 @@ def device_limits(device: torch.device) -> Limits | NoPlan:
     if nvidia and props.major < 8:
         return NoPlan(f"{props.name} has compute capability {props.major}.{props.minor}, below 8.0")
     sram = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)
-    unit = {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if nvidia else "mma"
+    unit = {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if nvidia else "mfma"
     # On ROCm nobody has shown that a block may wait for another one's store.
     return Limits(props.name, sram, props.multi_processor_count, nvidia, nvidia, unit)
 
 
-@lru_cache(maxsize=4096)
-def plan(
-    gates: int,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    tf32: bool,
-    limits: Limits,
-) -> Plan | NoPlan:
-    """Plan the launch of one layer, or say which limit stands in the way.
+def padded(units: int) -> int:
+    return max(MIN_BLOCK, 1 << (units - 1).bit_length())
 
-    tf32 allows float32 products to be rounded to tf32 (10 bits of mantissa); without it they are
-    made of three tf32 products, which gives nearly all of float32. 16-bit dtypes ignore it.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if dtype not in ITEMSIZE:
+
+@lru_cache(maxsize=4096)
+def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
+    """Plan the launches of one layer, or say which limit stands in the way."""
+    if layer.dtype not in ITEMSIZE:
         known = ", ".join(str(d).removeprefix("torch.") for d in ITEMSIZE)
-        return NoPlan(f"the kernels take {known}, got {name}")
-    shape = (gates, hidden_size, batch, directions, dtype, tf32, limits)
-    plans = [
-        found
-        for slices in (1, 2, 4, 8, 16, 32, 64)
-        for rows in (16, 32)
-        if (found := plan_slices(slices, rows, *shape))
-    ]
+        return NoPlan(f"the kernels take {known}, got {layer.dtype_name}")
+    plans = list(plans_of(layer, limits))
     if not plans:
         return NoPlan(
-            f"W_hh of hidden size {hidden_size} in {name}"
-            f"{' (tf32x3)' if parts_of(dtype, tf32) == 2 else ''}, "
-            f"padded to {padded(hidden_size)}, in {directions} direction(s), fits the SRAM of no "
-            f"number of blocks that {limits.name} holds at once ({limits.sms} of "
+            f"W_hh of {layer.gates} gate(s) and hidden size {layer.hidden_size} in "
+            f"{layer.dtype_name}, in {layer.directions} direction(s), fits the SRAM of no number "
+            f"of blocks that {limits.name} holds at once ({limits.sms} of "
             f"{limits.sram / 1024:.0f} KiB)"
             + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
         )
-    return min(plans, key=lambda p: len(p.grids()) * p.clocks)
+    return min(plans, key=lambda plan: plan.rounds() * plan.clocks)
 
 
-def padded(hidden_size: int) -> int:
-    return max(MIN_BLOCK_H, 1 << (hidden_size - 1).bit_length())
+def plans_of(layer: Layer, limits: Limits) -> Iterator[Plan]:
+    """Every plan that fits: slices of each power of two up to all units, tiles of each height."""
+    block_s = padded(layer.hidden_size)
+    while block_s >= MIN_BLOCK:
+        for rows in (8, 16, 32):
+            found = plan_slices(layer, limits, block_s, rows)
+            if found is not None:
+                yield found
+        block_s //= 2
 
 
-def parts_of(dtype: torch.dtype, tf32: bool) -> int:
-    return 2 if dtype == torch.float32 and not tf32 else 1
-
-
-def plan_slices(
-    slices: int,
-    rows: int,
-    gates: int,
-    hidden_size: int,
-    batch: int,
-    directions: int,
-    dtype: torch.dtype,
-    tf32: bool,
-    limits: Limits,
-) -> Plan | None:
-    """The plan with this many slices and rows of a batch tile, or None where it does not fit.
-    The other arguments are those of `plan`."""
-    parts, block_h = parts_of(dtype, tf32), padded(hidden_size)
-    block_s = block_h // slices
-    if slices > 1 and not (limits.cooperative and block_s >= MIN_BLOCK_S):
+def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan | None:
+    """The plan with slices of this many hidden units and this many rows of a batch tile, or None
+    where it does not fit."""
+    H, gates, itemsize = layer.hidden_size, layer.gates, layer.itemsize
+    slices = -(-H // block_s)
+    sliced = slices > 1
+    if (sliced and not limits.cooperative) or slices * layer.directions > limits.sms:
         return None
-    if slices * directions > limits.sms:
-        return None
-    itemsize = ITEMSIZE[dtype]
+    unit = limits.matrix_unit
+    # Four gates that lie one below the other make one tall product of four low ones, so that each
+    # warp has rows of W_hh of its own. Of three, a quarter would be empty: only where each product
+    # would be too low for more than one warp.
+    stacked = sliced and block_s <= {3: 16, 4: 64}.get(gates, 0)
+    tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
-    mma = limits.matrix_unit == "mma" or block_s < 64
+    mma = unit in ("mma", "mfma") or tall < 64
     # Where a row of H units is no whole number of vectors, each element takes a register and an
     # access of its own. With the fragments of W_hh that mma holds, 16 batch rows would not fit,
     # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
-    ragged = hidden_size * itemsize % VECTOR != 0
-    crowded = ragged or (slices > 1 and (parts == 2 or block_h >= 2048))
-    if slices > 1 and crowded and block_s > 32:
+    ragged = H * itemsize % VECTOR != 0
+    crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
+    refusals = (
+        rows < 16 and (unit in ("tcgen05", "mfma") or (padded(H) < 128 and layer.parts == 1)),
+        # Wider tiles need fewer launches, where blocks wait for each other and so must all be
+        # resident; they leave registers enough where wgmma reads a short h from shared memory.
+        rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
+        rows > 16 and (crowded or itemsize == 4 or H > 512),
+        rows > 8 and crowded and mma and unit != "mfma",
+        sliced and block_s < 32 and gates == 1,  # most warps would have no rows of their own
+        sliced and crowded and block_s > 32,
+        sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
+        sliced and gates == 3 and block_s == 32 and H > 768,
+        # tcgen05's epilogue leaves no registers for so many single accesses.
+        unit == "tcgen05" and ragged and H > 128 and not mma,
+    )
+    if any(refusals):
         return None
-    if limits.matrix_unit == "tcgen05" and ragged and block_h >= 256 and not mma:
-        return None  # its epilogue leaves no registers for so many single accesses
-    # Wider tiles need fewer launches, where blocks wait for each other and so must all be
-    # resident; they leave registers enough where wgmma reads a short h from shared memory.
-    roomy = limits.matrix_unit == "wgmma" and not mma and itemsize == 2 and block_h <= 512
-    if rows > 16 and (slices == 1 or crowded or not roomy):
-        return None
-    block_b = 8 if crowded and mma else rows
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
-    narrow = parts == 2 or limits.matrix_unit == "tcgen05" or (mma and itemsize == 4)
-    chunk = 128 if narrow and slices > 1 else 256
-    if limits.matrix_unit == "wgmma" and not mma and parts == 1:
-        chunk = 1024
-    chunk = min(block_h, chunk)
-    # As few warps as have the registers: each reads all of h from shared memory. With wgmma four
-    # warps take 64 rows of W_hh between them, and more than there are rows would read it twice;
-    # with mma one warp takes 32 rows in 16 bits and 16 in 32. tcgen05 serves 4 or 8 warps.
-    if slices > 1 or (limits.matrix_unit == "tcgen05" and block_h >= 64):
-        num_warps = 8  # sliced, each block holds all of h beside its rows
-    elif limits.matrix_unit == "wgmma":
-        num_warps = max(4, block_h // (32 if ragged else 16))
-    else:
-        num_warps = max(4, block_h * itemsize // 64)
-    # Beside W_hh lie a chunk of h as an operand, the tiles on their way between register layouts,
-    # and barriers.
-    weights = gates * block_s * block_h * itemsize
-    operand, tile = chunk * rows * itemsize, block_s * rows * itemsize
-    sram = parts * (weights + operand + tile) + 1024
+    narrow = layer.parts == 2 or unit == "tcgen05" or (mma and itemsize == 4)
+    chunk = padded(H)
+    if sliced:
+        wide = unit == "wgmma" and not mma and layer.parts == 1 and gates == 1
+        chunk = min(chunk, 1024 if wide else 128 if narrow else 256)
+    chunks = -(-H // chunk)
+    num_warps = warps(layer, unit, block_s, sliced, stacked, ragged)
+    # Beside W_hh lie the operand that it is multiplied with, tiles on their way between register
+    # layouts, and barriers.
+    weights = block_s * chunks * chunk * itemsize * layer.parts
+    operand = chunk * rows * itemsize * layer.parts * (1 if sliced else gates)
+    scratch = (tall * 4 + block_s * itemsize) * rows
+    sram = weights * (4 if stacked else gates) + operand + scratch + 1024
     if sram > limits.sram:
         return None
-    # A step reads W_hh once from shared memory. Sliced, it waits for L2 and takes in all of h.
-    clocks = parts * weights // SHARED_BYTES_PER_CLOCK
-    if slices > 1:
-        clocks += L2_TRIPS * L2_TRIP + gates * block_h * block_b * itemsize // L2_BYTES_PER_CLOCK
-    if slices > 1 and block_s < 64:
-        clocks *= 2  # half of the warps have no rows of their own; and wgmma is left for mma
-    tiles = -(-batch // block_b)
+    tiles = -(-layer.batch // rows)
     return Plan(
-        block_h=block_h,
-        block_b=block_b,
+        block_s=block_s,
+        block_b=rows,
         tiles=tiles,
-        tiles_at_once=tiles if slices == 1 else limits.sms // (slices * directions),
+        tiles_at_once=limits.sms // (slices * layer.directions) if sliced else tiles,
         slices=slices,
-        chunks=block_h // chunk,
-        directions=directions,
-        parts=parts,
+        chunk=chunk,
+        chunks=chunks,
+        directions=layer.directions,
+        parts=layer.parts,
+        stacked=stacked,
         approximate=itemsize == 2 and limits.tanh_approx,
         num_warps=num_warps,
-        num_stages=1,  # the one load of the loop is asked for a step ahead by hand
+        num_stages=1,  # the loads of the loop are asked for a step ahead by hand
         sram=sram,
-        clocks=clocks,
+        clocks=clocks(layer, weights, block_s, rows, tall, num_warps, sliced),
         limits=limits,
     )
+
+
+def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ragged: bool) -> int:
+    """As few warps as have the registers: each reads all of h from shared memory. With wgmma four
+    warps take 64 rows of W_hh between them, and more than there are rows would read it twice; with
+    mma one warp takes 32 rows in 16 bits and 16 in 32. tcgen05 serves 4 or 8 warps."""
+    several = min(layer.gates, 2)  # with more than one gate there are more tiles to be held
+    if sliced:  # each block holds all of h beside its rows
+        if stacked:
+            return 8 if block_s > 16 else 4
+        return 4 if unit == "wgmma" and layer.gates > 1 and block_s == 64 else 8
+    if unit == "tcgen05" and block_s >= 64:
+        return 8
+    if unit == "wgmma":
+        return min(16, max(4, block_s // (32 if ragged and layer.gates == 1 else 16)))
+    return min(16, max(4, block_s * layer.itemsize * several // 64))
+
+
+def clocks(
+    layer: Layer, weights: int, block_s: int, rows: int, tall: int, num_warps: int, sliced: bool
+) -> int:
+    """Clocks of one step, the mean of both passes; a model, not measured."""
+    # W_hh is read once from shared memory; again by each group of warps beyond its rows. In the
+    # backward pass the gates are summed over and never stacked.
+    reads = [max(1.0, 16 * num_warps / height) for height in (tall, block_s)]
+    step = layer.gates * weights * sum(reads) / 2 / SHARED_BYTES_PER_CLOCK
+    # Each tile that comes or goes changes its layout by way of shared memory, between barriers.
+    tiles = layer.gates + layer.stored + 1
+    step += 300 + tiles * (80 + 0.07 * block_s * rows)
+    if sliced:
+        gathered = layer.hidden_size * rows * layer.itemsize * (1 + layer.gates) / 2
+        step += L2_TRIPS * L2_TRIP + FENCE + gathered / L2_BYTES_PER_CLOCK
+        step += SIGNAL * layer.hidden_size / block_s
+    return round(step)

@@ -1,63 +1,53 @@
 """The two loops over time, one for each direction of differentiation. launch.py launches them.
 
-    forward_kernel   state = STEP(x_gates[t], W_hh h, state)            t in processing order
-    reverse_kernel   back-propagation through time (Werbos, 1990)       t in the opposite order
+    forward_kernel    state = STEP(x_gates[t], W_hh h, state)           t in processing order
+    backward_kernel   back-propagation through time (Werbos, 1990)      t in the opposite order
 
-One program owns BLOCK_B rows of the batch, in one direction of the layer, for all T steps, and one
-slice of the hidden units: all of them where SLICES is 1. It reads its part of W_hh from device
-memory once, before the loop. In the loop x_gates come in (reverse: d_output and what the forward
-pass saved) and the output goes out (reverse: d_x_gates); sliced, the blocks of a batch tile also
-give each other their parts of a step (exchange.py). Nothing else comes or goes.
+Both serve every cell: gates, states, what is stored and params are tuples of tiles, and the loops
+unroll over them. One program owns BLOCK_B rows of the batch, in one direction of the layer, for all
+steps, and one slice of BLOCK_S hidden units: all of them where SLICES is 1. It reads its part of
+W_hh from device memory once, before the loop. In the loop x_gates come in (backward: d_output and
+what the forward pass stored) and the output goes out (backward: d_x_gates); sliced, the blocks of a
+batch tile also give each other their parts of a step (exchange.py). Nothing else comes or goes.
 
-Tiles are (hidden units, batch rows): the product of a step is W_hh @ h with W_hh as the left
-operand, so that the large dimension is the M of the matrix instruction and a small batch its N.
+Tiles are (hidden units, batch rows). h is rounded to the dtype of the tensors where W_hh takes it;
+the other states stay in float32 from step to step.
+
+Rows of different length: row b is active while t < lengths[b]. Nothing is read of an inactive row,
+it keeps its state, and zeros are written of it; packed (offsets), it is no part of memory, and
+nothing is written either.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import gather, report, wait_for_slices
+from .products import gate_products, load_weights, recurrent_product
 
 # T, B and the strides change from call to call: a value of 1 or a multiple of 16 must not compile
 # the kernel again. What the compiler may know about alignment, it learns from UNIT.
 RUNTIME = [
     "T", "B", "first_tile", "reverse", "launch", "patience",
     "x_gates_stride_t", "x_gates_stride_b", "output_stride_t", "output_stride_b",
-    "d_output_stride_t", "d_output_stride_b",
+    "stored_stride_t", "stored_stride_b",
 ]  # fmt: skip
+RUNTIME_BACKWARD = ["d_output_stride_t", "d_output_stride_b"]
 
 
 @triton.jit
-def load_gates(ptrs, mask, H: tl.constexpr, GATES: tl.constexpr):
+def load_tiles(ptrs, mask, H: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles that lie H elements apart."""
     tiles = ()
-    for gate in tl.static_range(GATES):
-        tiles += (tl.load(ptrs + gate * H, mask=mask, other=0.0),)
+    for i in tl.static_range(COUNT):
+        tiles += (tl.load(ptrs + i * H, mask=mask, other=0.0),)
     return tiles
 
 
 @triton.jit
-def load_weights(
-    weight_ptr,
-    units,  # (M, 1): the rows of the tiles
-    unit_stride: tl.constexpr,
-    column_stride: tl.constexpr,
-    GATES: tl.constexpr,
-    PARTS: tl.constexpr,
-    H: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """PARTS x GATES x CHUNKS tiles of W_hh or its transpose, each (M, CHUNK)."""
-    tiles = ()
-    for part in tl.static_range(PARTS):
-        for gate in tl.static_range(GATES):
-            gate_ptr = weight_ptr + part * tl.num_programs(2) * GATES * H * H + gate * H * H
-            for c in tl.static_range(CHUNKS):
-                columns = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-                mask = (units < H) & (columns < H)
-                ptrs = gate_ptr + units * unit_stride + columns * column_stride
-                tiles += (tl.load(ptrs, mask=mask, other=0.0),)
-    return tiles
+def store_tiles(ptrs, tiles, mask, H: tl.constexpr):
+    """Rounded to what the pointer points to."""
+    for i in tl.static_range(len(tiles)):
+        tl.store(ptrs + i * H, tiles[i].to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -69,7 +59,15 @@ def to_float32(tiles):
 
 
 @triton.jit
-def where_active(active, tiles):
+def where_active(active, tiles, others):
+    chosen = ()
+    for i in tl.static_range(len(tiles)):
+        chosen += (tl.where(active, tiles[i], others[i]),)
+    return chosen
+
+
+@triton.jit
+def zero_where_not(active, tiles):
     masked = ()
     for i in tl.static_range(len(tiles)):
         masked += (tl.where(active, tiles[i], 0.0),)
@@ -77,51 +75,90 @@ def where_active(active, tiles):
 
 
 @triton.jit
-def round_tf32(x):
-    """float32 to the nearest tf32; a matrix unit would cut the low 13 bits off, which is biased."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def add(tiles, others):
+    sums = ()
+    for i in tl.static_range(len(tiles)):
+        sums += (tiles[i] + others[i],)
+    return sums
 
 
 @triton.jit
-def recurrent_product(
-    weights, gate: tl.constexpr, GATES: tl.constexpr, chunks, alive, acc, SLICES: tl.constexpr
-):
-    """acc + W x for the W of one gate, W and x in as many chunks as the tuple has; NaN if x did
-    not all come. float32 is multiplied in tf32: in one product, or, where W comes in two parts
-    (high then low), in the three that give nearly all of float32."""
-    for c in tl.static_range(len(chunks)):
-        W = weights[gate * len(chunks) + c]
-        # Chosen here and not where x is loaded: the compiler copies a tile to shared memory right
-        # after the operation that made it, and so needs room for one chunk at a time.
-        x = chunks[c]
-        if SLICES > 1:
-            x = tl.where(alive, x, float("nan"))
-        if W.dtype == tl.float32:
-            high = round_tf32(x)
-            if len(weights) == 2 * GATES * len(chunks):
-                W_low = weights[(GATES + gate) * len(chunks) + c]
-                acc = tl.dot(W_low, high, acc, input_precision="tf32")
-                acc = tl.dot(W, x - high, acc, input_precision="tf32")
-            acc = tl.dot(W, high, acc, input_precision="tf32")
+def load_params(param_ptrs, offsets, mask):
+    """The cell's vectors per unit as float32 tiles (units, 1)."""
+    params = ()
+    for i in tl.static_range(len(param_ptrs)):
+        params += (tl.load(param_ptrs[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
+    return params
+
+
+@triton.jit
+def steps_of(T, lengths, PACKED: tl.constexpr):
+    """The steps that this program's rows take part in. Only packed rows end early: otherwise zeros
+    are still to be written."""
+    steps = T
+    if PACKED:
+        steps = tl.minimum(tl.max(lengths), T).to(tl.int32)
+    return steps
+
+
+@triton.jit
+def at_step(i, steps, backwards):
+    """The time index of the i-th step, from 0 up or, backwards, from steps - 1 down; 64 bits
+    wide."""
+    return (i + backwards * (steps - 1 - 2 * i)).to(tl.int64)
+
+
+@triton.jit
+def place_of(i, steps, backwards, offsets_ptr):
+    """Where the rows of the i-th step begin, in time strides: t or, packed, the row that `offsets`
+    names. After the last step nothing is there to be read."""
+    place = at_step(i, steps, backwards)
+    if offsets_ptr is not None:
+        place = tl.load(offsets_ptr + place, mask=i < steps, other=0).to(tl.int64)
+    return place
+
+
+@triton.jit
+def active_at(i, steps, backwards, lengths):
+    """Which rows take part in the i-th step, (1, 1) or (1, BLOCK_B); none after the last."""
+    active = tl.zeros((1, 1), tl.int32) + i < steps
+    if lengths is not None:
+        active = active & (at_step(i, steps, backwards) < lengths)
+    return active
+
+
+@triton.jit
+def at(steps, place):
+    """Pointers to one step of a tensor that is given as (pointer, time stride, offsets)."""
+    return steps[0] + place * steps[1] + steps[2]
+
+
+@triton.jit
+def load_states(active, output, stored, state0_ptrs, state0_offsets, place, mask, H: tl.constexpr):
+    """The states after a step or, of rows that have not come to it, those before the first: chosen
+    among the pointers, so that nothing is read twice."""
+    states = ()
+    for s in tl.static_range(len(state0_ptrs)):
+        if s == 0:
+            ptrs = at(output, place)
         else:
-            acc = tl.dot(W, x, acc)
-    return acc
+            ptrs = at(stored, place) + (s - 1) * H
+        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)
+        states += (tl.load(ptrs, mask=mask, other=0.0),)
+    return states
 
 
-@triton.jit
-def at_step(i, T, backwards):
-    """The time index of the i-th step, from 0 up or, backwards, from T - 1 down; 64 bits wide."""
-    return (i + backwards * (T - 1 - 2 * i)).to(tl.int64)
-
-
-@triton.jit(do_not_specialize=[n for n in RUNTIME if not n.startswith("d_")])
+@triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    x_gates_ptr,  # (T, B, D * GATES * H), last dimension contiguous
-    h0_ptr,  # (D, B, H), contiguous
+    x_gates_ptr,  # (T, B, D * GATES * H) or packed (rows, D * GATES * H), last dimension contiguous
+    state0_ptrs,  # S tensors (D, B, H), contiguous
     weight_hh_ptr,  # (PARTS, D, GATES * H, H), contiguous
+    param_ptrs,  # the cell's params, each (D, H), contiguous
     lengths_ptr,  # (B,) or None; row b is active while t < lengths[b]
-    output_ptr,  # (T, B, D * H), last dimension contiguous
-    h_n_ptr,  # (D, B, H), contiguous
+    offsets_ptr,  # (T,): the rows of step t begin at offsets[t]; None where they are not packed
+    output_ptr,  # as x_gates, D * H wide
+    stored_ptr,  # as x_gates, D * K * H wide: the states beside h, then what STEP saves; or None
+    state_n_ptrs,  # S tensors (D, B, H), contiguous
     exchange_ptr,  # (2, D, B, H), or None where SLICES is 1, as the two after it
     flags_ptr,  # (D, all tiles of the batch, T) int32, zero
     fault_ptr,  # one int32 on the host
@@ -135,85 +172,146 @@ def forward_kernel(
     x_gates_stride_b,
     output_stride_t,
     output_stride_b,
+    stored_stride_t,
+    stored_stride_b,
     H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
     GATES: tl.constexpr,
+    STORED: tl.constexpr,
     STEP: tl.constexpr,
+    READS_H: tl.constexpr,  # STEP reads h itself: it is carried in float32 too
+    APPROXIMATE: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
     SLICES: tl.constexpr,
+    CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
-    BLOCK_S: tl.constexpr = BLOCK_H // SLICES
-    CHUNK: tl.constexpr = BLOCK_H // CHUNKS
     tile = first_tile + tl.program_id(0)
     direction = tl.program_id(2)
+    D = tl.num_programs(2)
     backwards = direction ^ reverse
     rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
-    units = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
+    first_unit = tl.program_id(1) * BLOCK_S
+    units = first_unit + tl.arange(0, BLOCK_S)[:, None]
     mask = (units < H) & (rows < B)
-    x_gates_ptr += direction * GATES * H
-    x_gates_offsets = rows * x_gates_stride_b * UNIT + units
-    output_ptr += direction * H
-    output_offsets = rows * output_stride_b * UNIT + units
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    x_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
+    x_gates_steps = (x_gates_ptr, x_gates_stride_t * UNIT, x_gates_offsets)
+    output_offsets = direction * H + rows * output_stride_b * UNIT + units
+    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    if stored_ptr is not None:
+        stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
+        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
     state_rows = (direction * B + rows) * H
-
-    # W_hh is read here, once, and stays in shared memory; the loop never touches its pointer.
-    weight_hh_ptr += direction * GATES * H * H
-    weights = load_weights(weight_hh_ptr, units, H, 1, GATES, PARTS, H, CHUNK, CHUNKS)
-    state_h = tl.load(h0_ptr + state_rows + units, mask=mask, other=0.0)
-    alive = tl.full((), True, tl.int1)
-    if SLICES == 1:
-        h = (state_h,)
-    else:
-        h = gather(h0_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
-        flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
+    lengths = None
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+    steps = steps_of(T, lengths, offsets_ptr is not None)
 
-    first = at_step(0, T, backwards) * x_gates_stride_t * UNIT
-    x_gates = load_gates(x_gates_ptr + first + x_gates_offsets, mask, H, GATES)
-    for i in range(T):
-        # x_gates of the next step are asked for one step before they are needed.
-        ahead = at_step(tl.minimum(i + 1, T - 1), T, backwards) * x_gates_stride_t * UNIT
-        x_gates_ahead = load_gates(x_gates_ptr + ahead + x_gates_offsets, mask, H, GATES)
-        h_gates = ()
-        for gate in tl.static_range(GATES):
-            zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-            h_gates += (recurrent_product(weights, gate, GATES, h, alive, zero, SLICES),)
-        state = STEP(to_float32(x_gates), h_gates, (state_h,))
-        output = state[0].to(state_h.dtype)
-        t = at_step(i, T, backwards)
-        if lengths_ptr is None:
-            state_h = output
-        else:  # an inactive row keeps its state and outputs zero
-            active = t < lengths
-            state_h = tl.where(active, output, state_h)
-            output = tl.where(active, output, 0.0)
-        tl.store(output_ptr + t * output_stride_t * UNIT + output_offsets, output, mask=mask)
-        if SLICES == 1:
-            h = (state_h,)
+    # W_hh is read here, once, and stays on the chip; the loop never touches its pointer.
+    weight_hh_ptr += direction * GATES * H * H
+    part_stride = D * GATES * H * H
+    if STACKED:
+        stack = tl.arange(0, 4 * BLOCK_S)[:, None]
+        unit = first_unit + stack % BLOCK_S
+        stack_mask = (unit < H) & (stack < GATES * BLOCK_S)
+        stack_offsets = (stack // BLOCK_S * H + unit) * H
+        weights = load_weights(
+            weight_hh_ptr, stack_offsets, stack_mask, part_stride, 0, 1, 1, PARTS, H, CHUNK, CHUNKS
+        )
+    else:
+        weights = load_weights(
+            weight_hh_ptr, units * H, units < H, part_stride, H * H, 1, GATES, PARTS, H, CHUNK,
+            CHUNKS,
+        )  # fmt: skip
+    params = load_params(param_ptrs, direction * H + units, units < H)
+    state = ()
+    for s in tl.static_range(len(state0_ptrs)):
+        loaded = tl.load(state0_ptrs[s] + state_rows + units, mask=mask, other=0.0)
+        if s > 0 or READS_H:
+            loaded = loaded.to(tl.float32)
+        state += (loaded,)
+    alive = tl.full((), True, tl.int1)
+    if SLICES == 1:
+        h = (state[0].to(dtype),)
+    else:
+        h = gather(state0_ptrs[0], state_rows, rows < B, H, CHUNK, CHUNKS)
+        exchange_size = D.to(tl.int64) * B * H
+        flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
+
+    place = place_of(0, steps, backwards, offsets_ptr)
+    place_ahead = place_of(1, steps, backwards, offsets_ptr)
+    wanted = mask & active_at(0, steps, backwards, lengths)
+    x_gates = load_tiles(at(x_gates_steps, place), wanted, H, GATES)
+    for i in range(steps):
+        # x_gates of the next step are asked for one step before they are needed, and the place of
+        # packed rows one step before that.
+        if offsets_ptr is None:
+            place = at_step(i, steps, backwards)
+            place_ahead = at_step(i + 1, steps, backwards)
         else:
-            slot_ptr = exchange_ptr + (i % 2) * tl.num_programs(2) * B * H
-            tl.store(slot_ptr + state_rows + units, state_h, mask=mask)
+            place_after = place_of(i + 2, steps, backwards, offsets_ptr)
+        wanted = mask & active_at(i + 1, steps, backwards, lengths)
+        x_gates_ahead = load_tiles(at(x_gates_steps, place_ahead), wanted, H, GATES)
+        h_gates = gate_products(weights, GATES, STACKED, h, alive, BLOCK_S, BLOCK_B, SLICES)
+        after, saved = STEP(to_float32(x_gates), h_gates, to_float32(state), params, APPROXIMATE)
+        output = after[0].to(dtype)
+        if READS_H:
+            state_after = (after[0],)
+        else:
+            state_after = (output,)
+        beside_h = ()
+        for s in tl.static_range(1, len(state)):
+            beside_h += (after[s],)
+        state_after += beside_h
+        present, written = mask, mask
+        if lengths is None:
+            state = state_after
+        else:  # an inactive row keeps its state and outputs zero
+            active = at_step(i, steps, backwards) < lengths
+            state = where_active(active, state_after, state)
+            output = tl.where(active, output, 0.0)
+            present = mask & active
+            if offsets_ptr is not None:
+                written = present
+        tl.store(at(output_steps, place), output, mask=written)
+        if stored_ptr is not None:
+            store_tiles(at(stored_steps, place), beside_h + saved, present, H)
+        if SLICES == 1:
+            h = (state[0].to(dtype),)
+        else:
+            slot_ptr = exchange_ptr + (i % 2) * exchange_size
+            tl.store(slot_ptr + state_rows + units, state[0].to(dtype), mask=mask)
             alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
             h = gather(slot_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
         x_gates = x_gates_ahead
+        if offsets_ptr is not None:
+            place = place_ahead
+            place_ahead = place_after
     if SLICES > 1:
-        state_h = report(alive, state_h, fault_ptr, launch)
-    tl.store(h_n_ptr + state_rows + units, state_h, mask=mask)
+        state = report(alive, state, fault_ptr, launch)
+    for s in tl.static_range(len(state)):
+        tl.store(state_n_ptrs[s] + state_rows + units, state[s].to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=[n for n in RUNTIME if not n.startswith("x_gates")])
-def reverse_kernel(
-    d_output_ptr,  # (T, B, D * H), last dimension contiguous, or None
-    d_h_n_ptr,  # (D, B, H), contiguous, or None
-    output_ptr,  # (T, B, D * H), last dimension contiguous
-    weight_hh_ptr,  # (PARTS, D, GATES * H, H), contiguous
-    lengths_ptr,  # (B,) or None; row b is active while t < lengths[b]
-    d_x_gates_ptr,  # (T, B, D * GATES * H), contiguous as output is, or None
-    d_h0_ptr,  # (D, B, H), contiguous, or None
+@triton.jit(do_not_specialize=RUNTIME + RUNTIME_BACKWARD)
+def backward_kernel(
+    d_output_ptr,  # as output, or None
+    d_state_n_ptrs,  # for each state (D, B, H), contiguous, or None
+    state0_ptrs,  # the five tensors of the forward pass, as it read and wrote them
+    output_ptr,
+    stored_ptr,
+    weight_hh_ptr,
+    param_ptrs,
+    lengths_ptr,
+    offsets_ptr,
+    d_x_gates_ptr,  # as x_gates, or None
+    d_h_gates_ptr,  # in the same place as d_x_gates, or None where they are the same
+    d_state0_ptrs,  # for each state (D, B, H), contiguous, or None
+    d_params_ptr,  # (params, all tiles of the batch, D, H) float32, contiguous, or None
     exchange_ptr,  # (2, D, B, GATES * H), or None where SLICES is 1, as the two after it
     flags_ptr,  # (D, all tiles of the batch, T) int32, zero
     fault_ptr,  # one int32 on the host
@@ -225,99 +323,182 @@ def reverse_kernel(
     patience,  # polls of a flag before the wait is given up
     d_output_stride_t,  # every stride is in units of UNIT elements
     d_output_stride_b,
+    x_gates_stride_t,  # those of d_x_gates and d_h_gates
+    x_gates_stride_b,
     output_stride_t,
     output_stride_b,
+    stored_stride_t,
+    stored_stride_b,
     H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
     GATES: tl.constexpr,
+    STORED: tl.constexpr,
     STEP_VJP: tl.constexpr,
+    RECALLS: tl.constexpr,  # STEP_VJP reads the states before the step
+    APPROXIMATE: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
     SLICES: tl.constexpr,
+    CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    BLOCK_S: tl.constexpr = BLOCK_H // SLICES
-    CHUNK: tl.constexpr = BLOCK_H // CHUNKS
+    STATES: tl.constexpr = len(state0_ptrs)
     tile = first_tile + tl.program_id(0)
+    tiles = tl.cdiv(B, BLOCK_B)
     direction = tl.program_id(2)
+    D = tl.num_programs(2)
     backwards = direction ^ reverse ^ 1  # against the forward pass
     rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
     units = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
     mask = (units < H) & (rows < B)
-    output_ptr += direction * H
-    output_offsets = rows * output_stride_b * UNIT + units
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets = direction * H + rows * output_stride_b * UNIT + units
+    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    stored_steps = output_steps
+    if stored_ptr is not None:
+        stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
+        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
+    if d_output_ptr is not None:
+        d_output_offsets = direction * H + rows * d_output_stride_b * UNIT + units
+        d_output_steps = (d_output_ptr, d_output_stride_t * UNIT, d_output_offsets)
+    d_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
     state_rows = (direction * B + rows) * H
+    lengths = None
+    if lengths_ptr is not None:
+        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+    steps = steps_of(T, lengths, offsets_ptr is not None)
 
     # W_hh transposed: rows are the units that h came from, columns the gates that it went to.
     weight_hh_ptr += direction * GATES * H * H
-    weights = load_weights(weight_hh_ptr, units, 1, H, GATES, PARTS, H, CHUNK, CHUNKS)
-    if d_h_n_ptr is None:
-        d_h = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-    else:
-        d_h = tl.load(d_h_n_ptr + state_rows + units, mask=mask, other=0.0).to(tl.float32)
-    if lengths_ptr is not None:
-        lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
+    weights = load_weights(
+        weight_hh_ptr, units, units < H, D * GATES * H * H, H * H, H, GATES, PARTS, H, CHUNK, CHUNKS
+    )
+    params = load_params(param_ptrs, direction * H + units, units < H)
+    d_state = ()
+    for s in tl.static_range(STATES):
+        d_state_s = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
+        if d_state_n_ptrs[s] is not None:
+            d_state_ptrs = d_state_n_ptrs[s] + state_rows + units
+            d_state_s = tl.load(d_state_ptrs, mask=mask, other=0.0).to(tl.float32)
+        d_state += (d_state_s,)
+    d_params = ()
+    for p in tl.static_range(len(param_ptrs)):
+        d_params += (tl.zeros((BLOCK_S, BLOCK_B), tl.float32),)
     alive = tl.full((), True, tl.int1)
     if SLICES > 1:
-        flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
+        exchange_size = D.to(tl.int64) * B * GATES * H
+        flags_ptr += (direction * tiles + tile).to(tl.int64) * T
 
-    t = at_step(0, T, backwards)
-    output = tl.load(output_ptr + t * output_stride_t * UNIT + output_offsets, mask=mask, other=0.0)
+    # What a step needs is asked for one step before it; and the states before the step two, since
+    # they are the states after the next one.
+    place = place_of(0, steps, backwards, offsets_ptr)
+    place_ahead = place_of(1, steps, backwards, offsets_ptr)
+    place_after = place_of(2, steps, backwards, offsets_ptr)
+    active = active_at(0, steps, backwards, lengths)
+    state = load_states(
+        active, output_steps, stored_steps, state0_ptrs, state_rows + units, place, mask, H
+    )
+    state_prev = state
+    if RECALLS:
+        active_ahead = active_at(1, steps, backwards, lengths)
+        state_prev = load_states(
+            active_ahead, output_steps, stored_steps, state0_ptrs, state_rows + units, place_ahead,
+            mask, H,
+        )  # fmt: skip
+    saved = load_tiles(
+        at(stored_steps, place) + (STATES - 1) * H, mask & active, H, STORED - (STATES - 1)
+    )
     if d_output_ptr is not None:
-        d_output_ptr += direction * H
-        d_output_offsets = rows * d_output_stride_b * UNIT + units
-        d_output = tl.load(
-            d_output_ptr + t * d_output_stride_t * UNIT + d_output_offsets, mask=mask, other=0.0
+        d_output = tl.load(at(d_output_steps, place), mask=mask & active, other=0.0)
+    for i in range(steps):
+        if offsets_ptr is None:
+            place = at_step(i, steps, backwards)
+            place_ahead = at_step(i + 1, steps, backwards)
+            place_after = at_step(i + 2, steps, backwards)
+        else:
+            place_later = place_of(i + 3, steps, backwards, offsets_ptr)
+        active_ahead = active_at(i + 1, steps, backwards, lengths)
+        if RECALLS:
+            states_at, active_states = place_after, active_at(i + 2, steps, backwards, lengths)
+        else:
+            states_at, active_states = place_ahead, active_ahead
+        state_ahead = load_states(
+            active_states, output_steps, stored_steps, state0_ptrs, state_rows + units, states_at,
+            mask, H,
+        )  # fmt: skip
+        saved_ahead = load_tiles(
+            at(stored_steps, place_ahead) + (STATES - 1) * H,
+            mask & active_ahead,
+            H,
+            STORED - (STATES - 1),
         )
-    if d_x_gates_ptr is not None:
-        d_x_gates_ptr += direction * GATES * H
-        d_x_gates_offsets = rows * output_stride_b * GATES * UNIT + units
-    for i in range(T):
-        t = at_step(i, T, backwards)
-        ahead = at_step(tl.minimum(i + 1, T - 1), T, backwards)
-        output_ahead = tl.load(
-            output_ptr + ahead * output_stride_t * UNIT + output_offsets, mask=mask, other=0.0
-        )
-        d_state = d_h
+        d_h = d_state[0]
         if d_output_ptr is not None:
-            d_state += d_output.to(tl.float32)
-            d_output = tl.load(
-                d_output_ptr + ahead * d_output_stride_t * UNIT + d_output_offsets,
-                mask=mask,
-                other=0.0,
-            )
-        d_x_gates, d_h_gates, d_prev = STEP_VJP((d_state,), to_float32((output,)))
-        d_h_prev = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-        if len(d_prev) > 0:
-            d_h_prev = d_prev[0]
-        if lengths_ptr is not None:  # an inactive step passes no gradient to its gates
-            d_x_gates = where_active(t < lengths, d_x_gates)
-            d_h_gates = where_active(t < lengths, d_h_gates)
+            d_h += d_output.to(tl.float32)
+            d_output = tl.load(at(d_output_steps, place_ahead), mask=mask & active_ahead, other=0.0)
+        d_after = (d_h,)
+        for s in tl.static_range(1, STATES):
+            d_after += (d_state[s],)
+        d_x_gates, d_h_gates, d_prev, d_params_step = STEP_VJP(
+            d_after,
+            to_float32(state_prev),
+            to_float32(state),
+            to_float32(saved),
+            params,
+            APPROXIMATE,
+        )
+        written = mask
+        if lengths is not None:  # an inactive step passes no gradient to its gates
+            active = at_step(i, steps, backwards) < lengths
+            d_x_gates = zero_where_not(active, d_x_gates)
+            d_h_gates = zero_where_not(active, d_h_gates)
+            d_params_step = zero_where_not(active, d_params_step)
+            if offsets_ptr is not None:
+                written = mask & active
+        d_gates_at = place * (x_gates_stride_t * UNIT) + d_gates_offsets
         if d_x_gates_ptr is not None:
-            d_x_gates_t = d_x_gates_ptr + t * output_stride_t * GATES * UNIT + d_x_gates_offsets
-            for gate in tl.static_range(GATES):
-                d_x_gate = d_x_gates[gate].to(d_x_gates_ptr.dtype.element_ty)
-                tl.store(d_x_gates_t + gate * H, d_x_gate, mask=mask)
+            store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)
+        if d_h_gates_ptr is not None:
+            store_tiles(d_h_gates_ptr + d_gates_at, d_h_gates, written, H)
+        if d_params_ptr is not None:
+            d_params = add(d_params, d_params_step)
         if SLICES > 1:
-            slot_ptr = exchange_ptr + (i % 2) * tl.num_programs(2) * B * GATES * H
-            for gate in tl.static_range(GATES):
-                part_ptrs = slot_ptr + state_rows * GATES + gate * H + units
-                tl.store(part_ptrs, d_h_gates[gate].to(output.dtype), mask=mask)
+            slot_ptr = exchange_ptr + (i % 2) * exchange_size
+            store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H)
             alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
+        d_h_prev = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
         for gate in tl.static_range(GATES):
             if SLICES == 1:
-                d_gate = (d_h_gates[gate].to(output.dtype),)
+                d_gate = (d_h_gates[gate].to(dtype),)
             else:
                 whole_ptr = slot_ptr + gate * H
                 d_gate = gather(whole_ptr, state_rows * GATES, rows < B, H, CHUNK, CHUNKS)
             d_h_prev = recurrent_product(weights, gate, GATES, d_gate, alive, d_h_prev, SLICES)
-        if lengths_ptr is None:
-            d_h = d_h_prev
-        else:  # and hands d_h on as it came
-            d_h = tl.where(t < lengths, d_h_prev, d_h)
-        output = output_ahead
+        d_before = (d_h_prev,)
+        for s in tl.static_range(1, STATES):
+            d_before += (d_prev[s],)
+        if lengths is None:
+            d_state = d_before
+        else:  # and hands d_state on as it came
+            d_state = where_active(active, d_before, d_state)
+        if RECALLS:
+            state = state_prev
+            state_prev = state_ahead
+        else:
+            state = state_ahead
+        saved = saved_ahead
+        if offsets_ptr is not None:
+            place = place_ahead
+            place_ahead = place_after
+            place_after = place_later
     if SLICES > 1:
-        d_h = report(alive, d_h, fault_ptr, launch)
-    if d_h0_ptr is not None:
-        tl.store(d_h0_ptr + state_rows + units, d_h.to(d_h0_ptr.dtype.element_ty), mask=mask)
+        d_state = report(alive, d_state, fault_ptr, launch)
+    for s in tl.static_range(STATES):
+        if d_state0_ptrs[s] is not None:
+            tl.store(d_state0_ptrs[s] + state_rows + units, d_state[s].to(dtype), mask=mask)
+    if d_params_ptr is not None:  # one part for each batch tile; the host sums them in order
+        unit = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+        for p in tl.static_range(len(d_params)):
+            part = (p * tiles + tile).to(tl.int64) * D + direction
+            tl.store(d_params_ptr + part * H + unit, tl.sum(d_params[p], 1), mask=unit < H)

@@ -1,10 +1,12 @@
 """Recurrent networks whose recurrent matrix stays in on-chip memory across all time steps."""
 
 from .functional import recurrence
-from .modules import RNN, explain
+from .modules import GRU, LSTM, RNN, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "RNN",
     "EncoderDecoder",
     "ManyToMany",

@@ -154,9 +154,7 @@ CELLS = {
     for cell in (
         Cell("rnn_tanh", 1, 1, 0, rnn_tanh_step, rnn_tanh_step_vjp),
         Cell("rnn_relu", 1, 1, 0, rnn_relu_step, rnn_relu_step_vjp),
-        Cell(
-            "gru", 3, 1, 4, gru_step, gru_step_vjp, params=("b_hn",), inner_bias=(2,), split=(2,)
-        ),
+        Cell("gru", 3, 1, 4, gru_step, gru_step_vjp, params=("b_hn",), inner_bias=(2,), split=(2,)),
         Cell("lstm", 4, 2, 4, lstm_step, lstm_step_vjp),
     )
 }

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from .functional import check_lengths
 from .generation import Generated, State, generate
-from .modules import MODULES, RNN
+from .modules import MODULES
+from .recurrent import Recurrent
 
 IGNORED = -100  # a label that is none: the loss leaves it out
 
 
-def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> RNN:
+def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> Recurrent:
     if cell not in MODULES:
         raise ValueError(f"cell must be one of {sorted(MODULES)}, got {cell!r}")
     if options.get("batch_first"):

@@ -1,223 +1,255 @@
-"""The recurrence in pure PyTorch, and its hand-written back-propagation through time.
+"""The tuned PyTorch path: the recurrence of one direction and its hand-written BPTT.
 
-The CPU path, and the oracle of the tests. Any floating dtype, any device. A step is one matrix
-product and one elementwise function, written into views of buffers that hold all steps; only
-`output` is kept for the reverse pass, and autograd records nothing.
+It runs on a CPU, and wherever no kernel does. Any floating dtype. Autograd records nothing here.
+
+Rows: sequences lie as one matrix (N, features), the rows of step 0, then those of step 1, and so
+on. sizes[t] rows are active at step t, the longest sequences first, so sizes never grows. That is
+the layout of a PackedSequence; where all sequences are equally long, sizes is [B] * T. Steps that
+are not there cost nothing, and padding is never read.
+
+A step works in place on views of buffers that hold all rows. Going back, whatever does not depend
+on the incoming gradient (the slopes of the activations) is computed for many steps at once, a
+chunk that fits the cache, straight into the buffer of the gradients; a step then only multiplies.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .kernels.layout import empty_steps
+from .cells import Cell, Tensors
+from .in_place import IN_PLACE, Range
 
-ONE = torch.ones(())
-
-
-class Cell(NamedTuple):
-    """One cell, as data for the two loops below.
-
-    activate_(y) turns the gates of a step, times `scale`, into h, in place. slopes(output) is the
-    derivative of h by the gates, for all steps at once: it depends on nothing that the reverse
-    loop computes.
-    """
-
-    gates: int
-    scale: float
-    activate_: Callable[[Tensor], Tensor]
-    slopes: Callable[[Tensor], Tensor]
+CHUNK = 1 << 14  # numbers of a state in a chunk: 64 KiB in float32, of which some ten fit L2
 
 
-def tanh_by_sigmoid_(y: Tensor) -> Tensor:
-    """tanh(a) = 1 - 2 sigmoid(-2a), for y = -2a. PyTorch's sigmoid takes a quarter of the time of
-    its tanh; the error stays below 2e-7, but is absolute, not relative."""
-    return torch.add(ONE, torch.sigmoid_(y), alpha=-2, out=y)
-
-
-def tanh_slopes(output: Tensor) -> Tensor:
-    return torch.addcmul(output.new_ones(()), output, output, value=-1)
-
-
-def relu_slopes(output: Tensor) -> Tensor:
-    return (output > 0).to(output.dtype)
-
-
-CELLS = {
-    "rnn_tanh": Cell(1, 1.0, torch.tanh_, tanh_slopes),
-    "rnn_relu": Cell(1, 1.0, torch.relu_, relu_slopes),
-}
-RNN_TANH_FLOAT32 = Cell(1, -2.0, tanh_by_sigmoid_, tanh_slopes)
-MANY = 1024  # elements of a step from which on one call more is cheaper than PyTorch's tanh
-
-
-def find_cell(name: str, h: Tensor) -> Cell:
-    """The cell for states of this dtype and size, (B, H)."""
-    if name == "rnn_tanh" and h.dtype == torch.float32 and h.numel() >= MANY:
-        return RNN_TANH_FLOAT32
-    return CELLS[name]
-
-
-Product = Callable[[Tensor, Tensor, bool], Tensor]
-
-
-def addmm_product(weight: Tensor) -> Product:
-    """The function (x, h, in_place) -> x + h @ weight.T, written over x if in_place."""
-    transposed = weight.t()
-
-    def product(x: Tensor, h: Tensor, in_place: bool) -> Tensor:
-        return x.addmm_(h, transposed) if in_place else torch.addmm(x, h, transposed)
-
-    return product
-
-
-def packed_product(weight: Tensor, batch: int) -> Product:
-    """The same, with W_hh packed once into the order in which oneDNN's kernels read it.
-
-    The CPU's form of resident weights: the ordinary product packs them anew at every step.
-    """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
-    linear = torch.ops.mkldnn._linear_pointwise.binary
-
-    def product(x: Tensor, h: Tensor, in_place: bool) -> Tensor:
-        result = linear(h, x, packed, None, "add")
-        return x.copy_(result) if in_place else result
-
-    return product
+@lru_cache
+def on_intel() -> bool:
+    """Whether this is an Intel processor: elsewhere MKL's products of few rows are slow."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
 
 
 def can_pack(weight: Tensor, batch: int) -> bool:
-    """Whether packing pays: a call to oneDNN costs some 15 us more than addmm, and is worth it
-    where W_hh (1 MiB and up) outgrows the nearest cache. The two ops are private to PyTorch."""
+    """Whether W_hh should be packed once into the order in which oneDNN's kernels read it: the
+    CPU's form of resident weights, since the ordinary product packs them anew at every step.
+
+    A call to oneDNN costs some 15 us more than MKL's. It pays where W_hh (1 MiB and up) outgrows
+    the nearest cache, by 1.3 to 1.6 on an AMD EPYC, and not on an Intel Xeon, where MKL is at its
+    best. The two ops are private to PyTorch.
+    """
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.numel() >= 1 << 18
         and batch >= 4
+        and not on_intel()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
-def recurrent_product(weight: Tensor, batch: int) -> Product:
-    return packed_product(weight, batch) if can_pack(weight, batch) else addmm_product(weight)
+class Product:
+    """The product of a step, h @ weight.T for h (n, K), n at most `batch`."""
+
+    def __init__(self, weight: Tensor, batch: int) -> None:
+        self.transposed = weight.t()
+        self.packed: Tensor | None = None
+        if can_pack(weight, batch):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
+        else:
+            self.result = weight.new_empty(batch, len(weight))
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """In memory that the next call may write over."""
+        if self.packed is None:
+            return torch.mm(h, self.transposed, out=self.result[: len(h)])
+        return torch.ops.mkldnn._linear_pointwise(h, self.packed, None, "none", [], "")
+
+    def add_(self, x: Tensor, h: Tensor) -> None:
+        """x += h @ weight.T"""
+        if self.packed is None:
+            x.addmm_(h, self.transposed)
+        else:
+            x.add_(self(h))
 
 
-def active_steps(lengths: Tensor, T: int) -> Tensor:
-    """(T, B, 1) bool: row b is active while t < lengths[b]."""
-    return (torch.arange(T, device=lengths.device)[:, None] < lengths).unsqueeze(2)
-
-
-def at_last_step(steps: Tensor, lengths: Tensor, without: Tensor) -> Tensor:
-    """(B, _): each row of steps (T, B, _) at its last active step; `without` (B, _) where it has
-    none."""
-    last = (lengths.to(torch.int64) - 1).clamp(0, steps.size(0) - 1)
-    found = steps.gather(0, last[None, :, None].expand(1, *steps.shape[1:]))[0]
-    return torch.where((lengths > 0)[:, None], found, without)
-
-
-def by_direction(steps: Tensor, D: int) -> Sequence[Tensor]:
-    """(T, B, D * _) as D times (T, B, _), side by side."""
-    return (steps,) if D == 1 else steps.chunk(D, 2)
+def view(gates: Tensor, gate_range: Range) -> Tensor:
+    """Of gates (n, G, H), one gate (n, H) or several (n, gates, H)."""
+    first, end = gate_range
+    return gates[:, first] if end == first + 1 else gates[:, first:end]
 
 
 def order(T: int, backwards: bool) -> range:
     return range(T - 1, -1, -1) if backwards else range(T)
 
 
+def previous(rows: Tensor, first: Tensor, sizes: Sequence[int], backwards: bool) -> Tensor:
+    """Of a state's rows after each step, (N, H), the rows before it; `first` (B, H) before all."""
+    if not sizes:
+        return rows
+    if sizes[0] == sizes[-1]:
+        B = sizes[0]
+        return torch.cat((rows[B:], first[:B]) if backwards else (first[:B], rows[:-B]))
+    steps = rows.split_with_sizes(sizes)
+    if not backwards:
+        before = [step[:n] for step, n in zip(steps, sizes[1:])]
+        return torch.cat([first[: sizes[0]], *before])
+    parts: list[Tensor] = []
+    for step, n, fewer in zip([*steps[1:], first[:0]], sizes, [*sizes[1:], 0]):
+        parts += (step, first[fewer:n])
+    return torch.cat(parts)
+
+
 def forward(
-    cell: str,
-    x_gates: Tensor,  # (T, B, D * G * H)
-    h0: Tensor,  # (D, B, H)
-    weight_hh: Tensor,  # (D, G * H, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """output (T, B, D * H) and h_n (D, B, H); direction 0 runs backwards in time if `reverse`,
-    direction 1 against direction 0."""
-    T, B, _ = x_gates.shape
-    D, _, H = weight_hh.shape
-    _, scale, activate_, _ = find_cell(cell, h0[0])
-    active = None if lengths is None else active_steps(lengths, T)
-    output = torch.mul(x_gates, scale, out=empty_steps(x_gates, D * H))
-    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
-    for d, output_d in enumerate(by_direction(output, D)):
-        weight = weight_hh[d] if scale == 1 else scale * weight_hh[d]
-        product = recurrent_product(weight, B)
-        ys = output_d.unbind(0)
-        h, backwards = h0[d], reverse != bool(d)
-        if active is None or not backwards:
-            # A row that has ended runs on, on whatever lies behind its end: no result is of there.
-            for t in order(T, backwards):
-                h = activate_(product(ys[t], h, True))
-        else:  # where a row begins, its state is still h0
-            for t, on in zip(order(T, True), reversed(active.unbind(0))):
-                h = torch.where(on, activate_(product(ys[t], h, True)), h)
-        if lengths is not None and not backwards:
-            h = at_last_step(output_d, lengths, h0[d])
-        h_n[d] = h
-    if active is not None:
-        output.masked_fill_(~active, 0)
-    return output, h_n
+    cell: Cell,
+    x_gates: Tensor,  # (N, G * H), contiguous; overwritten
+    state0: Tensors,  # S tensors (B, H), in the order of the rows
+    weight_hh: Tensor,  # (G * H, H)
+    params: Tensors,  # each (H,)
+    sizes: Sequence[int],
+    backwards: bool,
+) -> tuple[Tensors, Tensors, Tensors]:
+    """The states after each step, S tensors (N, H); the last states, S tensors (B, H); saved."""
+    form = IN_PLACE[cell.name]
+    B, H = state0[0].shape
+    gates = x_gates.view(-1, cell.gates, H)
+    summed = cell.gates - len(cell.inner_bias)  # inner gates come last
+    if form.own_states:
+        states = [x_gates.new_empty(len(x_gates), H) for _ in state0]
+    else:
+        states = [x_gates]
+    inner = None
+    inner_steps: Sequence[Tensor | None] = [None] * len(sizes)
+    if cell.inner_bias:
+        inner = x_gates.new_empty(len(x_gates), (cell.gates - summed) * H)
+        inner_steps = inner.split_with_sizes(sizes)
+        bias = torch.cat(params)
+    product = Product(weight_hh, B)
+    x_steps = x_gates[:, : summed * H].split_with_sizes(sizes)
+    views = [view(gates, r).split_with_sizes(sizes) for r in form.step_ranges]
+    new_states = [s.split_with_sizes(sizes) for s in states]
+    last = [s.clone() for s in state0]
+    prev, rows = list(state0), 0 if backwards else B
+    for t in order(len(sizes), backwards):
+        n = sizes[t]
+        if n < rows:  # the rows that have ended keep their state
+            for end, s in zip(last, prev):
+                end[n:rows] = s[n:rows]
+            prev = [s[:n] for s in prev]
+        elif n > rows:  # rows that begin here join with their initial state
+            prev = [torch.cat((s[:rows], s0[rows:n])) for s, s0 in zip(prev, state0)]
+        rows = n
+        m = inner_steps[t]
+        if m is None:
+            product.add_(x_steps[t], prev[0])
+        else:
+            h_gates = product(prev[0])
+            x_steps[t].add_(h_gates[:, : summed * H])
+            torch.add(h_gates[:, summed * H :], bias, out=m)
+        new = [s[t] for s in new_states]
+        form.step_([v[t] for v in views], m, prev, new)
+        prev = new
+    for end, s in zip(last, prev):
+        end[:rows] = s[:rows]
+    saved = gates.unbind(1) if form.own_states else ()
+    return tuple(states), tuple(last), saved if inner is None else (*saved, inner)
 
 
-def reverse(
-    cell: str,
-    d_output: Tensor | None,  # (T, B, D * H)
-    d_h_n: Tensor | None,  # (D, B, H)
-    output: Tensor,  # (T, B, D * H), as forward returned it
-    weight_hh: Tensor,  # (D, G * H, H)
-    lengths: Tensor | None,  # (B,)
-    reverse: bool,
-    need_d_h0: bool,
-    differentiable: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """d_x_gates (T, B, D * G * H) and d_h0 (D, B, H).
+def chunks(sizes: Sequence[int], H: int, downwards: bool) -> Iterator[tuple[range, int, int]]:
+    """Runs of steps, in the order of the walk, with their rows from .. to: each some CHUNK
+    numbers of a state."""
+    steps, rows = [0], [0]
+    total = 0
+    for t, n in enumerate(sizes):
+        total += n
+        if (total - rows[-1]) * H >= CHUNK or t == len(sizes) - 1:
+            steps.append(t + 1)
+            rows.append(total)
+    runs = list(zip(steps, steps[1:], rows, rows[1:]))
+    for first, end, begin, stop in reversed(runs) if downwards else runs:
+        yield range(end - 1, first - 1, -1) if downwards else range(first, end), begin, stop
 
-    differentiable: write nothing in place, so that autograd can take the derivative of this
-    derivative; it needs the memory and the time of an ordinary autograd graph.
+
+def backward(
+    cell: Cell,
+    d_h: Tensor,  # (N, H): the gradient of h after each step; overwritten
+    d_last: Sequence[Tensor | None],  # S tensors (B, H)
+    states: Tensors,  # S tensors (N, H)
+    prev: Tensors,  # the states before each step, S tensors (N, H)
+    saved: Tensors,
+    weight_hh: Tensor,  # (G * H, H)
+    batch: int,
+    sizes: Sequence[int],
+    backwards: bool,
+) -> tuple[Tensor, Tensor, Tensors]:
+    """d_x_gates and d_h_gates, (N, G * H), and the gradients of the first states, S x (B, H).
+
+    A step adds what its gates hand on to d_h of the step before, in place.
     """
-    T, B, _ = output.shape
-    D, _, H = weight_hh.shape
-    slopes = find_cell(cell, output[0]).slopes(output)
-    active = None if lengths is None else active_steps(lengths, T)
-    if active is not None:  # an inactive row passes no gradient to its gates
-        slopes.masked_fill_(~active, 0)
-        d_output = None if d_output is None else d_output.masked_fill(~active, 0)
-    zero = output.new_zeros(B, H)
-    all_d_gates, all_d_h0 = [], []
-    for d in range(D):
-        weight = weight_hh[d].t()
-        product = addmm_product(weight) if differentiable else recurrent_product(weight, B)
-        slopes_d = by_direction(slopes, D)[d]
-        d_output_d = None if d_output is None else by_direction(d_output, D)[d]
-        backwards = reverse != bool(d)
-        steps = order(T, not backwards)  # against the forward pass
-        d_last = None if d_h_n is None else d_h_n[d]
-        if lengths is not None and not backwards and d_last is not None:
-            # Each row ends at a step of its own: there d_h_n joins d_output.
-            base = torch.zeros_like(slopes_d) if d_output_d is None else d_output_d
-            ends = active_steps(lengths, T) & ~active_steps(lengths.clamp(max=T) - 1, T)
-            d_output_d, d_last = torch.where(ends, base + d_last, base), None
-        d_ys = [zero] * T if d_output_d is None else d_output_d.unbind(0)
-        d_gates = list(slopes_d.unbind(0))
-        d_h = d_ys[steps[0]] if d_last is None else d_ys[steps[0]] + d_last
-        for t, d_y in zip(steps, [*(d_ys[t] for t in steps[1:]), zero]):
-            slope = d_gates[t]
-            d_gates[t] = torch.mul(d_h, slope, out=None if differentiable else slope)
-            if t != steps[-1]:
-                d_h = product(d_y, d_gates[t], False)
-        d_gates_d = torch.stack(d_gates) if differentiable else slopes_d  # written over its slopes
-        all_d_gates.append(d_gates_d)
-        if need_d_h0:
-            first = d_gates[steps[-1]]
-            if lengths is not None and backwards:
-                first = at_last_step(d_gates_d, lengths, zero)
-            d_h0 = product(zero, first, False)
-            if lengths is not None and d_h_n is not None:  # a row without steps hands it on
-                d_h0 = torch.where((lengths > 0)[:, None], d_h0, d_h_n[d])
-            all_d_h0.append(d_h0)
-    d_x_gates = torch.cat(all_d_gates, 2) if differentiable else slopes
-    return d_x_gates, torch.stack(all_d_h0) if need_d_h0 else None
+    form = IN_PLACE[cell.name]
+    (N, H), T = d_h.shape, len(sizes)
+    d_gates = d_h.new_empty(N, cell.gates, H)
+    d_x_gates = torch.empty_like(d_gates) if cell.split else d_gates
+    # Rows of d_state0 that have not begun (or have ended) hold the gradient of their last state.
+    d_state0 = [
+        d_h.new_zeros(batch, H) if d is None else d.clone(memory_format=torch.contiguous_format)
+        for d in d_last
+    ]
+    product = Product(weight_hh.t(), batch)
+    d_h_steps = d_h.split_with_sizes(sizes)
+    begun = batch if backwards else 0
+    if backwards and sizes:
+        d_h_steps[0].add_(d_state0[0][: sizes[0]])
+        d_state0[0][: sizes[0]] = 0
+        begun = sizes[0]
+    for steps, begin, stop in chunks(sizes, H, downwards=not backwards):
+        chunk = slice(begin, stop)
+        coefficients = form.slopes(
+            [x[chunk] for x in states],
+            [x[chunk] for x in prev],
+            [x[chunk] for x in saved],
+            list(d_gates[chunk].unbind(1)),
+            list(d_x_gates[chunk].unbind(1)),
+        )
+        first = min(steps[0], steps[-1])
+        these = list(sizes[first : first + len(steps)])
+        d = [view(d_gates[chunk], r).split_with_sizes(these) for r in form.d_ranges]
+        d_x = [view(d_x_gates[chunk], r).split_with_sizes(these) for r in form.d_x_ranges]
+        factors = [x.split_with_sizes(these) for x in coefficients]
+        all_gates = d_gates[chunk].flatten(1).split_with_sizes(these)
+        for t in steps:
+            n, k = sizes[t], t - first
+            if not backwards and n > begun:  # rows that end here
+                d_h_steps[t][begun:].add_(d_state0[0][begun:n])
+                d_state0[0][begun:n] = 0
+                begun = n
+            d_h_t, factor = d_h_steps[t], [x[k] for x in factors]
+            form.step_vjp_(
+                d_h_t, [x[:n] for x in d_state0[1:]], [x[k] for x in d], [x[k] for x in d_x], factor
+            )
+            following = t + 1 if backwards else t - 1  # in this walk: the step before, in time
+            onto = d_h_steps[following] if 0 <= following < T else d_state0[0]
+            for target, rows in hand_on(onto, d_state0[0], n):
+                if form.past:
+                    target.addcmul_(d_h_t[rows], factor[-1][rows])
+                product.add_(target, all_gates[k][rows])
+    if cell.split:
+        for gate in range(cell.gates):
+            if gate not in cell.split:
+                d_x_gates[:, gate] = d_gates[:, gate]
+    return d_x_gates.flatten(1), d_gates.flatten(1), tuple(d_state0)
+
+
+def hand_on(onto: Tensor, d_h0: Tensor, n: int) -> Iterator[tuple[Tensor, slice]]:
+    """Where n rows of a step add their gradient: to the step before, `onto`; those that have none
+    (a row that begins here), to the initial state."""
+    if len(onto) >= n:
+        yield onto[:n], slice(0, n)
+        return
+    common = len(onto)
+    yield onto, slice(0, common)
+    yield d_h0[common:n], slice(common, n)

@@ -2,52 +2,83 @@
 
 import pytest
 import torch
-from cases import Case, in_layout, problem
+from cases import Case, leaves_of, problem, split_leaves
 from torch.autograd import gradcheck, gradgradcheck
 
 import rnn
+from rnn.cells import CELLS
 
-CASES = [
-    Case("rnn_tanh", T=4, B=3, H=3),
-    Case("rnn_tanh", T=1, B=1, H=1),
-    Case("rnn_relu", T=4, B=3, H=3, reverse=True),
-    Case("rnn_tanh", T=5, B=4, H=2, directions=2, ragged=True),
-    Case("rnn_tanh", T=3, B=4, H=2, ragged=True, reverse=True, layout="batch_major"),
+EACH_CELL = [
+    Case("", T=3, B=2, H=3),
+    Case("", T=1, B=1, H=1),
+    Case("", T=3, B=3, H=2, directions=2, ragged=True),
+    Case("", T=3, B=3, H=2, ragged=True, reverse=True, layout="batch_major"),
 ]
+CASES = [case._replace(cell=cell) for cell in CELLS for case in EACH_CELL]
+
+
+def function(case: Case, p, backend: str = "torch"):
+    def f(*leaves):
+        x_gates, state0, weight_hh, params = split_leaves(case, list(leaves))
+        output, state_n = rnn.recurrence(
+            x_gates,
+            state0 if len(state0) > 1 else state0[0],
+            weight_hh,
+            params,
+            cell=case.cell,
+            lengths=p.lengths,
+            reverse=case.reverse,
+            backend=backend,
+        )
+        return output, *(state_n if len(state0) > 1 else (state_n,))
+
+    return f
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_derivatives(case, check, nan_filled):
     p = problem(case)
-    leaves = [in_layout(p.x_gates, case.layout), p.h0.clone(), p.weight_hh.clone()]
+    assert check(function(case, p), leaves_of(case, p), check_batched_grad=True)
 
-    def f(x_gates, h0, weight_hh):
-        return rnn.recurrence(
-            x_gates, h0, weight_hh, cell=case.cell, lengths=p.lengths, reverse=case.reverse
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_step_and_its_vjp(case):
+    """Each pair of rnn/cells.py, the one against autograd through the other."""
+    cell = CELLS[case.cell]
+    generator = torch.Generator().manual_seed(0)
+
+    def tensors(n: int, *shape: int) -> tuple:
+        return tuple(
+            torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+            for _ in range(n)
         )
 
-    assert check(f, [x.requires_grad_() for x in leaves])
+    x_gates, h_gates = tensors(cell.gates, 3, 4), tensors(cell.gates, 3, 4)
+    prev, params = tensors(cell.states, 3, 4), tensors(len(cell.params), 4)
+    state, saved = cell.step(x_gates, h_gates, prev, params)
+    assert len(state) == cell.states and len(saved) == cell.saved
+    d_state = tuple(torch.randn_like(s) for s in state)
+    inputs = (*x_gates, *h_gates, *prev, *params)
+    expected = torch.autograd.grad(state, inputs, d_state, allow_unused=True)
+    d_x, d_h, d_prev, d_params = cell.step_vjp(d_state, prev, state, saved, params)
+    assert [k for k in range(cell.gates) if d_x[k] is not d_h[k]] == list(cell.split)
+    for want, got in zip(expected, (*d_x, *d_h, *d_prev, *(d.sum(0) for d in d_params))):
+        if want is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, want)
 
 
-def test_second_derivative_of_the_kernels():
+@pytest.mark.parametrize("cell", CELLS)
+def test_second_derivative_of_the_kernels(cell):
     """The kernels give the first derivative, PyTorch's operations the second."""
-    p = problem(Case("rnn_tanh", T=4, B=3, H=5)).to(torch.float32)
+    case = Case(cell, T=4, B=3, H=5)
+    p = problem(case).to(torch.float32)
     seconds = []
     for backend in ("triton", "torch"):
-        x_gates, weight_hh = p.x_gates.clone().requires_grad_(), p.weight_hh[0].requires_grad_()
-        output, _ = rnn.recurrence(x_gates, p.h0[0], weight_hh, cell="rnn_tanh", backend=backend)
-        (first,) = torch.autograd.grad(output.square().sum(), x_gates, create_graph=True)
-        seconds.append(torch.autograd.grad(first.square().sum(), weight_hh)[0])
+        leaves = leaves_of(case, p)
+        output = function(case, p, backend)(*leaves)[0]
+        (first,) = torch.autograd.grad(output.square().sum(), leaves[0], create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), leaves)[0])
     torch.testing.assert_close(*seconds, rtol=2e-2, atol=2e-2)
-
-
-def test_functional_transforms():
-    p = problem(Case("rnn_tanh", T=4, B=3, H=5))
-
-    def loss(x_gates):
-        return rnn.recurrence(x_gates, p.h0[0], p.weight_hh[0], cell="rnn_tanh")[0].sum()
-
-    x_gates = p.x_gates.clone().requires_grad_()
-    (want,) = torch.autograd.grad(loss(x_gates), x_gates)
-    torch.testing.assert_close(torch.func.grad(loss)(p.x_gates), want)

@@ -1,206 +1,291 @@
-"""Every backend computes the same recurrence: values, final state and every gradient."""
+"""Every backend computes the same recurrence: values, last states and every gradient."""
 
 import pytest
 import torch
-from cases import CASES, NAMES, Case, eager, in_layout, problem, worst
+from cases import (
+    CASES,
+    Case,
+    assert_close_to_float64,
+    differentiate,
+    leaves_of,
+    problem,
+    split_leaves,
+    worst,
+)
 
 import rnn
-from rnn import reference
-from rnn.functional import kernels
+from rnn import torch_path
+from rnn.cells import CELLS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-# Beyond twice the error of torch's own arithmetic in that dtype; tf32 has no twin on a CPU, so
-# its floor is the rounding itself: 2^-11 of each factor, over a sum of terms below one.
-FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+BACKENDS = ["torch", "triton"]
+SMALL = {cell: Case(cell, T=4, B=3, H=5, directions=2, ragged=True) for cell in CELLS}
 
 
-def run(case: Case, p, backend: str) -> tuple:
-    leaves = [in_layout(p.x_gates, case.layout), p.h0.clone(), p.weight_hh.clone()]
-    if case.directions == 1:
-        leaves[1:] = [leaves[1][0], leaves[2][0]]
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    output, h_n = rnn.recurrence(
-        *leaves, cell=case.cell, lengths=p.lengths, reverse=case.reverse, backend=backend
+def run(case: Case, p, backend: str) -> dict:
+    """All results of rnn.recurrence by name."""
+    leaves = leaves_of(case, p)
+    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
+    output, state_n = rnn.recurrence(
+        x_gates,
+        state0[0] if len(state0) == 1 else state0,
+        weight_hh,
+        params,
+        cell=case.cell,
+        lengths=p.lengths,
+        reverse=case.reverse,
+        backend=backend,
     )
-    d_h_n = p.d_h_n if case.directions == 2 else p.d_h_n[0]
-    gradients = torch.autograd.grad([output, h_n], leaves, [p.d_output, d_h_n])
-    return output, h_n, *gradients
+    state_n = state_n if len(state0) > 1 else (state_n,)
+    return differentiate(p, output, state_n, leaves)
 
 
-def assert_close_to_float64(case: Case, dtype: torch.dtype, backend: str, device: str, floor=None):
-    exact = problem(case)
-    p = exact.to(dtype, device)
-    want = eager(case, exact)
-    torchs = eager(case, p)
-    got = run(case, p, backend)
-    for name, x, y, z in zip(NAMES, got, torchs, want):
-        y, z = y.reshape(x.shape), z.reshape(x.shape)
-        assert x.dtype == dtype
-        scale = max(1.0, float(z.abs().max()))
-        error, bound = worst(x, z), 2 * worst(y, z) + (floor or FLOOR[dtype]) * scale
-        assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+def check(case: Case, dtype: torch.dtype, backend: str, device: str, floor=None) -> None:
+    results = run(case, problem(case).to(dtype, device), backend)
+    assert_close_to_float64(case, results, dtype, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_backend(case, dtype, nan_filled):
-    assert_close_to_float64(case, dtype, "torch", DEVICE)
+    check(case, dtype, "torch", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels(case, dtype, tf32, nan_filled):
-    assert_close_to_float64(case, dtype, "triton", DEVICE)
+    check(case, dtype, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("tf32", [True], indirect=True, ids=["tf32"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.H >= 16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.H >= 16 and c.T < 9], ids=str)
 def test_kernels_in_tf32(case, tf32, nan_filled):
-    assert_close_to_float64(case, torch.float32, "triton", DEVICE, floor=case.T * 2.0**-9)
+    check(case, torch.float32, "triton", DEVICE, floor=case.T * 2.0**-9)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, Case("rnn_tanh", T=50, B=37, H=256)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case("lstm", T=50, B=37, H=256)], ids=str)
 def test_kernels_in_bfloat16(case, nan_filled):
-    assert_close_to_float64(case, torch.bfloat16, "triton", "cuda")
+    check(case, torch.bfloat16, "triton", "cuda")
 
 
-def test_packed_weights_give_the_same(nan_filled):
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_weights_give_the_same(cell, nan_filled, monkeypatch):
     """The path through oneDNN, which small cases do not take."""
-    case = Case("rnn_tanh", T=3, B=5, H=512, directions=2, ragged=True)
+    monkeypatch.setattr(torch_path, "on_intel", lambda: False)
+    case = Case(cell, T=3, B=5, H=512, directions=2, ragged=True)
     weight = problem(case).to(torch.float32).weight_hh[0]
-    if not reference.can_pack(weight, case.B):
+    if not torch_path.can_pack(weight, case.B):
         pytest.skip("this build of PyTorch cannot pack weights")
-    assert_close_to_float64(case, torch.float32, "torch", "cpu")
+    check(case, torch.float32, "torch", "cpu")
 
 
-def test_backends_know_the_same_cells():
-    from rnn.kernels.cells import CELLS
+def test_every_cell_has_its_tiles_and_its_form_in_place():
+    from rnn.in_place import IN_PLACE
+    from rnn.kernels.cells import CELLS as TILES
 
-    assert {n: c.gates for n, c in CELLS.items()} == {
-        n: c.gates for n, c in reference.CELLS.items()
-    }
+    assert CELLS.keys() == IN_PLACE.keys() == TILES.keys()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("wanted", ["x_gates", "h0", "weight_hh"])
-@pytest.mark.parametrize("into", ["output", "h_n"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
-def test_one_gradient_from_one_result(backend, wanted, into, tf32, nan_filled):
+def test_one_gradient_from_one_result(cell, backend, tf32, nan_filled):
     """Each gradient comes out alone, whichever result it is asked through."""
-    case = Case("rnn_tanh", T=4, B=3, H=17, directions=2, ragged=True)
+    case = SMALL[cell]
     p = problem(case).to(torch.float32)
-    tensors = {"x_gates": p.x_gates, "h0": p.h0, "weight_hh": p.weight_hh}
-    zero = {"output": p._replace(d_h_n=p.d_h_n * 0), "h_n": p._replace(d_output=p.d_output * 0)}
-    want = dict(zip(tensors, eager(case, zero[into])[2:]))[wanted]
-    tensors = {n: x.clone().requires_grad_(n == wanted) for n, x in tensors.items()}
-    output, h_n = rnn.recurrence(**tensors, cell=case.cell, lengths=p.lengths, backend=backend)
-    result, d_result = (output, p.d_output) if into == "output" else (h_n, p.d_h_n)
-    result.backward(d_result)
-    assert worst(tensors[wanted].grad, want) < 1e-5
-    assert all(tensors[n].grad is None for n in tensors if n != wanted)
+    S = len(p.state0)
+    for into in range(1 + S):
+        d = [p.d_output, *p.d_state_n]
+        zeroed = [x if k == into else torch.zeros_like(x) for k, x in enumerate(d)]
+        expected = run(case, p._replace(d_output=zeroed[0], d_state_n=tuple(zeroed[1:])), "torch")
+        expected = list(expected.values())[1 + S :]
+        for wanted in range(len(expected)):
+            leaves = [x.requires_grad_(k == wanted) for k, x in enumerate(leaves_of(case, p))]
+            x_gates, state0, weight_hh, params = split_leaves(case, leaves)
+            output, state_n = rnn.recurrence(
+                x_gates,
+                state0[0] if S == 1 else state0,
+                weight_hh,
+                params,
+                cell=cell,
+                lengths=p.lengths,
+                backend=backend,
+            )
+            results = [output, *(state_n if S > 1 else (state_n,))]
+            results[into].backward(d[into])
+            assert worst(leaves[wanted].grad, expected[wanted]) < 1e-5
+            assert all(x.grad is None for k, x in enumerate(leaves) if k != wanted)
 
 
-def test_no_gate_gradients_are_written_where_none_is_needed(monkeypatch):
-    asked = []
-    launch = kernels.reverse
-
-    def spy(*args):
-        asked.append(args[-2:])
-        return launch(*args)
-
-    monkeypatch.setattr(kernels, "reverse", spy)
-    p = problem(Case("rnn_tanh", T=3, B=2, H=4)).to(torch.float32)
-    h0 = p.h0.clone().requires_grad_()
-    h_n = rnn.recurrence(p.x_gates, h0, p.weight_hh, cell="rnn_tanh", backend="triton")[1]
-    h_n.sum().backward()
-    assert asked == [(False, True)]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_nothing_is_recorded_without_grad(backend):
-    p = problem(Case("rnn_tanh", T=3, B=2, H=4)).to(torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_recorded_without_grad(cell, backend):
+    p = problem(SMALL[cell]).to(torch.float32)
+    state0 = p.state0 if len(p.state0) > 1 else p.state0[0]
     weight_hh = p.weight_hh.requires_grad_()
     with torch.no_grad():
-        output, h_n = rnn.recurrence(p.x_gates, p.h0, weight_hh, cell="rnn_tanh", backend=backend)
-    assert output.grad_fn is None and h_n.grad_fn is None
+        output, _ = rnn.recurrence(
+            p.x_gates, state0, weight_hh, p.params, cell=cell, backend=backend
+        )
+    assert output.grad_fn is None
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_padding_is_never_read(backend, nan_filled):
-    """Whatever lies behind the end of a row, NaN included, reaches neither result nor gradient."""
-    case = Case("rnn_relu", T=6, B=4, H=5, directions=2, ragged=True)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_padding_is_never_read(cell, backend, poison, nan_filled):
+    """Whatever lies past the end of a row, NaN included, reaches neither result nor gradient."""
+    case = SMALL[cell]
     p = problem(case).to(torch.float32)
-    behind = (torch.arange(case.T)[:, None] >= p.lengths)[:, :, None]
+    past_the_end = (torch.arange(case.T)[:, None] >= p.lengths)[:, :, None]
     dirty = p._replace(
-        x_gates=p.x_gates.masked_fill(behind, float("nan")),
-        d_output=p.d_output.masked_fill(behind, float("nan")),
+        x_gates=p.x_gates.masked_fill(past_the_end, poison),
+        d_output=p.d_output.masked_fill(past_the_end, poison),
     )
-    for clean, got in zip(run(case, p, backend), run(case, dirty, backend)):
-        assert torch.equal(clean, got)
+    clean, got = run(case, p, backend), run(case, dirty, backend)
+    for name in clean:
+        assert torch.equal(clean[name], got[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_state_of_nan_stays_in_its_row(cell, backend, nan_filled):
+    """A row without steps keeps its state, be it NaN, and no gradient of the weights sees it."""
+    case = SMALL[cell]
+    p = problem(case).to(torch.float32)
+    dirty = p._replace(
+        state0=tuple(s.index_fill(1, torch.tensor(0), float("nan")) for s in p.state0)
+    )
+    clean, got = run(case, p, backend), run(case, dirty, backend)
+    assert got["state_n[0]"][:, 0].isnan().all()
+    for name in ("output", "d_x_gates", "d_weight_hh"):
+        assert torch.equal(clean[name], got[name]), name
 
 
 @pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_non_contiguous_lengths_and_states(backend, tf32, nan_filled):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_non_contiguous_lengths_and_states(cell, backend, tf32, nan_filled):
     """Every other element of a buffer whose rest would give other results."""
-    case = Case("rnn_tanh", T=5, B=4, H=6, directions=2, ragged=True)
+    case = SMALL[cell]
     p = problem(case).to(torch.float32)
-    want = run(case, p, backend)
+    expected = run(case, p, backend)
 
     def spread(x, other):
         buffer = torch.full((*x.shape, 2), other, dtype=x.dtype)
         buffer[..., 0] = x
         return buffer[..., 0]
 
-    apart = p._replace(
+    leaves = [spread(x, 9.0).detach().requires_grad_() for x in leaves_of(case, p)]
+    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
+    output, state_n = rnn.recurrence(
+        x_gates,
+        state0 if len(state0) > 1 else state0[0],
+        weight_hh,
+        params,
+        cell=cell,
         lengths=spread(p.lengths, case.T),
-        h0=spread(p.h0, 9.0),
-        weight_hh=spread(p.weight_hh, 9.0),
-        d_output=spread(p.d_output, 9.0),
-        d_h_n=spread(p.d_h_n, 9.0),
+        backend=backend,
     )
-    leaves = [x.detach().requires_grad_() for x in apart[:3]]
-    output, h_n = rnn.recurrence(*leaves, cell=case.cell, lengths=apart.lengths, backend=backend)
-    gradients = torch.autograd.grad([output, h_n], leaves, [apart.d_output, apart.d_h_n])
-    for name, x, y in zip(NAMES, (output, h_n, *gradients), want):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
-def test_nan_and_infinity_go_through(backend, cell):
-    """A NaN in a row stays a NaN, in that row alone; tanh of +-infinity is +-1."""
-    x_gates = torch.zeros(3, 3, 4)
-    x_gates[1, 0, 0] = float("nan")
-    x_gates[2, 1] = -200.0
-    output, h_n = rnn.recurrence(
-        x_gates, torch.zeros(3, 4), torch.eye(4), cell=cell, backend=backend
+    apart = p._replace(
+        d_output=spread(p.d_output, 9.0), d_state_n=tuple(spread(d, 9.0) for d in p.d_state_n)
     )
-    assert output[:, 0].isnan().any() and h_n[0, 0].isnan()
-    assert torch.equal(h_n[1], torch.full((4,), -1.0 if cell == "rnn_tanh" else 0.0))
-    assert not output[:, 1:].isnan().any()
+    got = differentiate(apart, output, state_n if len(state0) > 1 else (state_n,), leaves)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_inputs_are_left_as_they_were(backend):
-    case = Case("rnn_tanh", T=4, B=3, H=5, directions=2, ragged=True)
+NANS = {"quiet": 0x7FC00000, "of a GPU": 0x7FFFFFFF, "negative": 0xFFFFFFFF - 2**32}
+
+
+@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
+@pytest.mark.parametrize("bits", NANS.values(), ids=NANS)
+@pytest.mark.parametrize("where", ["x_gates", "h0", "weight_hh"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_nan_of_any_bits_comes_out(cell, where, bits, tf32):
+    """At the very places where PyTorch has it."""
+    nan = torch.tensor([bits]).to(torch.int32).view(torch.float32)
+    p = problem(Case(cell, T=3, B=2, H=16)).to(torch.float32)
+    if where == "x_gates":
+        p.x_gates[1, 0, 3] = nan
+    elif where == "h0":
+        p.state0[0][0, 0, 3] = nan
+    else:
+        p.weight_hh[0, 2, 3] = nan
+    case = Case(cell, T=3, B=2, H=16)
+    expected, got = run(case, p, "torch"), run(case, p, "triton")
+    for name in ("output", "state_n[0]", "d_x_gates"):
+        assert torch.equal(got[name].isnan(), expected[name].isnan()), name
+
+
+@pytest.mark.parametrize("tf32", [False, True], indirect=True, ids=["ieee", "tf32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("where", ["x_gates", "h0", "weight_hh"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm"])
+def test_infinity_saturates(cell, where, sign, backend, tf32):
+    """An infinite term gives what float32 arithmetic gives, and never a NaN of our making."""
+    case = Case(cell, T=2, B=1, H=16)
     p = problem(case).to(torch.float32)
-    before = [x.clone() for x in p]
+    p = p._replace(weight_hh=p.weight_hh.abs(), state0=tuple(s.abs() + 0.5 for s in p.state0))
+    if where == "x_gates":
+        p.x_gates[0, 0, 3] = sign * float("inf")
+    elif where == "h0":
+        p.state0[0][0, 0, 3] = sign * float("inf")
+    else:
+        p.weight_hh[0, 2, 3] = sign * float("inf")
+    from rnn import reference
+
+    output, _ = reference.recurrence(cell, p.x_gates, p.state0, p.weight_hh, p.params)
+    got = run(case, p, backend)["output"]
+    assert torch.equal(got.isnan(), output.isnan()) and torch.equal(got.isinf(), output.isinf())
+    finite = output.isfinite()
+    torch.testing.assert_close(got[finite], output[finite], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tf32", [False], indirect=True, ids=["ieee"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("cell", CELLS)
+def test_small_signals_keep_their_relative_accuracy(cell, size, backend, tf32):
+    case = Case(cell, T=3, B=32, H=64)
+    p = problem(case)
+    p = p._replace(x_gates=p.x_gates * size, state0=tuple(s * size for s in p.state0))
+    got = run(case, p.to(torch.float32), backend)["output"].double()
+    if p.params:
+        p = p.to(torch.float32).to(torch.float64)
+    expected = run(case, p, "torch")["output"]
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_inputs_are_left_as_they_were(cell, backend):
+    case = SMALL[cell]
+    p = problem(case).to(torch.float32)
+    tensors = [p.x_gates, *p.state0, p.weight_hh, *p.params, p.lengths, p.d_output, *p.d_state_n]
+    before = [x.clone() for x in tensors]
     run(case, p, backend)
-    assert all(torch.equal(x, y) for x, y in zip(p, before))
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before))
 
 
-def test_expanded_gradient():
+@pytest.mark.parametrize("cell", CELLS)
+def test_expanded_gradient(cell):
     """output.sum() hands back a gradient with strides of zero."""
-    p = problem(Case("rnn_tanh", T=4, B=3, H=5)).to(torch.float32)
-    gradients = []
-    for backend in ("torch", "triton"):
-        x_gates = p.x_gates.clone().requires_grad_()
-        rnn.recurrence(x_gates, p.h0[0], p.weight_hh[0], cell="rnn_tanh", backend=backend)[
-            0
-        ].sum().backward()
-        gradients.append(x_gates.grad)
-    torch.testing.assert_close(*gradients, rtol=0, atol=5e-3)
+    case = SMALL[cell]
+    p = problem(case).to(torch.float32)
+    p = p._replace(d_output=torch.ones(()).expand_as(p.d_output))
+    triton, torch_path = run(case, p, "triton"), run(case, p, "torch")
+    for name, x in torch_path.items():
+        torch.testing.assert_close(triton[name], x, rtol=0, atol=1e-2, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_bits_from_run_to_run(cell, backend):
+    case = Case(cell, T=5, B=37, H=17, directions=2, ragged=True)
+    p = problem(case).to(torch.float32)
+    first, second = run(case, p, backend), run(case, p, backend)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,173 @@
+"""What a run leaves: one JSON file with a row for each case and provider; two of them compared."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnn
+
+from .cases import Case
+from .measure import FIGURES, MEASURED, Row, Time
+
+FORMAT = "fused-rnn bench 1"
+JSON = "results.json"
+ROOT = Path(__file__).parent.parent
+NOISE = 1.1  # medians that differ by a smaller factor are called equal
+
+
+class BenchError(Exception):
+    """What was asked for cannot be done; the message says why, in one line."""
+
+
+@dataclass
+class Header:
+    """What all rows of a file were measured on."""
+
+    format: str
+    device: str
+    threads: str
+    versions: str
+    commit: str
+    load: str  # of the machine when the run began
+
+    def __str__(self) -> str:
+        about = f"{self.versions}, {self.threads} threads, commit {self.commit}"
+        return f"{self.device}, {about}; load {self.load} before"
+
+    def differences(self, other: "Header") -> list[str]:
+        names = ("device", "threads", "versions", "commit")
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    name = model.group(1).strip() if model else platform.processor() or platform.machine()
+    return f"{re.sub('[(](R|TM)[)]', '', name)}, {os.cpu_count()} cores"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """Of this checkout; marked where what is measured, or what measures, was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "-uno", "rnn", "kernels", "bench/*.py")
+        return git("rev-parse", "--short=12", "HEAD").strip() + " and changes" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "not known"
+
+
+def make_header(device: torch.device) -> Header:
+    versions = [f"fused-rnn {rnn.__version__}", f"torch {torch.__version__}"]
+    if importlib.util.find_spec("triton"):
+        versions.append(f"triton {importlib.metadata.version('triton')}")
+    if device.type == "cuda":
+        versions.append(f"cudnn {torch.backends.cudnn.version()}")
+    versions.append(f"python {platform.python_version()}")
+    load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known"
+    threads = str(torch.get_num_threads())
+    return Header(FORMAT, device_name(device), threads, ", ".join(versions), commit(), load)
+
+
+def record(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass with those values. Raises ValueError where some are missing."""
+    missing = [f.name for f in fields(kind) if f.name not in values]
+    if missing:
+        raise ValueError(f"a {kind.__name__.lower()} lacks {', '.join(missing)}")
+    return kind(**values)
+
+
+class Results:
+    def __init__(self, header: Header, rows: Iterable[Row] = ()) -> None:
+        self.header = header
+        self.rows = {(row.case, row.provider): row for row in rows}
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """Raises BenchError where the file is not one of ours, or lacks something."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            header = record(Header, data["header"])
+            if header.format != FORMAT:
+                raise ValueError(f"its format is {header.format!r}, not {FORMAT!r}")
+            results = cls(header, [record(Row, row) for row in data["rows"]])
+            for row in results.rows.values():
+                Case.parse(row.case)
+                row.times = {name: Time(*map(float, time)) for name, time in row.times.items()}
+                whole = row.times.keys() == set(FIGURES) and isinstance(row.error, float)
+                if row.status == MEASURED and not whole:
+                    raise ValueError(f"{row.case} {row.provider} lacks times or its error")
+        except OSError as error:
+            raise BenchError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BenchError(f"{path} is not a file of results: {error}") from error
+        return results
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows.values())
+        header = json.dumps(asdict(self.header), indent=1)
+        write_whole(out / JSON, f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
+
+    def of(self, case: Case | str, provider: str) -> Row:
+        """The row, or one without times where nothing was asked."""
+        return self.rows.get((str(case), provider), Row(str(case), provider))
+
+    def cases(self) -> list[Case]:
+        return [Case.parse(name) for name in dict.fromkeys(case for case, _ in self.rows)]
+
+    def ratio(self, case: Case | str, provider: str, figure: str) -> float | None:
+        """The time of torch.nn / the time of the provider, where both were measured."""
+        ours, torch_nn = (self.of(case, name).times for name in (provider, "torch.nn"))
+        return torch_nn[figure].median / ours[figure].median if ours and torch_nn else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside path, then rename: at every moment path has the old text or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def compare(before: Results, after: Results) -> tuple[list[str], list[str]]:
+    """What got slower from one to the other, and what got faster, a line each.
+
+    That is every figure whose medians differ by more than NOISE and whose middle three fifths of
+    samples lie apart. A row that `after` could not measure any more counts as slower.
+    """
+    slower, faster = [], []
+    for (case, provider), row in before.rows.items():
+        now = after.of(case, provider)
+        if row.status == MEASURED and now.status not in ("", MEASURED):
+            slower.append(f"lost         {case} {provider}: {now.status}: {now.reason}")
+        for figure in row.times.keys() & now.times.keys():
+            a, b = row.times[figure], now.times[figure]
+            line = f"{b.median / a.median:.2f} x the time  {case} {provider} {figure}"
+            if b.median > NOISE * a.median and b.low > a.high:
+                slower.append(line)
+            if a.median > NOISE * b.median and a.low > b.high:
+                faster.append(line)
+    return sorted(slower, reverse=True), sorted(faster)

@@ -1,0 +1,117 @@
+"""W_hh on the chip, and the products of a step with it.
+
+Tiles are (hidden units, batch rows): a product is W @ h with W as the left operand, so that the
+large dimension is the M of the matrix instruction and a small batch its N.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_weights(
+    weight_ptr,
+    row_offsets,  # (M, 1): where the rows of the tiles begin
+    row_mask,  # (M, 1)
+    part_stride,
+    group_stride: tl.constexpr,
+    column_stride: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """PARTS x GROUPS x CHUNKS tiles of W_hh or its transpose, each (M, CHUNK)."""
+    tiles = ()
+    for part in tl.static_range(PARTS):
+        for group in tl.static_range(GROUPS):
+            group_ptr = weight_ptr + part * part_stride + group * group_stride
+            for c in tl.static_range(CHUNKS):
+                columns = c * CHUNK + tl.arange(0, CHUNK)[None, :]
+                ptrs = group_ptr + row_offsets + columns * column_stride
+                tiles += (tl.load(ptrs, mask=row_mask & (columns < H), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def round_tf32(x):
+    """float32 to the nearest tf32; a matrix unit would cut the low 13 bits off, which is biased.
+
+    Infinity stays infinity and NaN NaN, whatever its bits: the sum makes it one that has its
+    payload in the bits that stay. What would round up to infinity is cut off instead.
+    """
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    bits += tl.where(tl.abs(x) < 3.401992901712019e38, 0x1000, 0)
+    return (bits & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def recurrent_product(
+    weights,
+    group: tl.constexpr,
+    GROUPS: tl.constexpr,
+    chunks,
+    alive,
+    acc,
+    SLICES: tl.constexpr,
+):
+    """acc + W x for the W of one group, W and x in as many chunks as the tuple has; NaN if x did
+    not all come. float32 is multiplied in tf32: in one product, or, where W comes in two parts
+    (high then low), in the three that give nearly all of float32."""
+    SPLIT: tl.constexpr = len(weights) == 2 * GROUPS * len(chunks)
+    low = tl.zeros_like(acc)
+    for c in tl.static_range(len(chunks)):
+        W = weights[group * len(chunks) + c]
+        # Chosen here and not where x is loaded: the compiler copies a tile to shared memory right
+        # after the operation that made it, and so needs room for one chunk at a time.
+        x = chunks[c]
+        if SLICES > 1:
+            x = tl.where(alive, x, float("nan"))
+        if W.dtype == tl.float32:
+            high = round_tf32(x)
+            if SPLIT:
+                W_low = weights[(GROUPS + group) * len(chunks) + c]
+                low = tl.dot(W_low, high, low, input_precision="tf32")
+                low = tl.dot(W, x - high, low, input_precision="tf32")
+            acc = tl.dot(W, high, acc, input_precision="tf32")
+        else:
+            acc = tl.dot(W, x, acc)
+    if SPLIT:
+        # An infinite sum or a NaN is float32's own. Beside it the low part is no correction, but
+        # infinity minus infinity.
+        acc = tl.where(tl.abs(acc) < float("inf"), acc + low, acc)
+    return acc
+
+
+@triton.jit
+def halves(tile):
+    """(2 M, rows) -> the upper and the lower half, each (M, rows)."""
+    HALF: tl.constexpr = tile.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (2, HALF, tile.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def gate_products(
+    weights,
+    GATES: tl.constexpr,
+    STACKED: tl.constexpr,  # tiles of W hold four gates one below the other
+    chunks,
+    alive,
+    BLOCK_S: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """W_hh h as one tile for each gate."""
+    products = ()
+    if STACKED:
+        zero = tl.zeros((4 * BLOCK_S, BLOCK_B), tl.float32)
+        upper, lower = halves(recurrent_product(weights, 0, 1, chunks, alive, zero, SLICES))
+        a, b = halves(upper)
+        c, d = halves(lower)
+        products = (a, b, c, d)
+    else:
+        for gate in tl.static_range(GATES):
+            zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
+            products += (recurrent_product(weights, gate, GATES, chunks, alive, zero, SLICES),)
+    return products

@@ -1,0 +1,159 @@
+"""The cells once more, in place, for the tuned PyTorch path. The equations are those of cells.py.
+
+A cell that has no form here runs as its equation, under autograd (rnn/reference.py).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+Range = tuple[int, int]
+
+
+class InPlace(NamedTuple):
+    """A cell's step and its VJP on views of buffers that hold all rows.
+
+    A range of gates (first, last + 1) names a view: (n, H) of one gate, else (n, gates, H).
+
+    step_(gates, inner, prev, new): `gates` are the views that step_ranges names. They hold x_gates
+        + h_gates; where b_hh stands inside the step (Cell.inner_bias), x_gates alone, and `inner`
+        is h_gates + b_hh. The new states are written, and over the gates what is to be saved.
+    slopes(states, prev, saved, d, d_x): all rows of some steps at once, before their d_h is known.
+        Writes into d and d_x, (n, H) for each gate, what d_h (or d_c) is to be multiplied by;
+        returns further coefficients. d_x is d but for Cell.split.
+    step_vjp_(d_h, d_states, d, d_x, coefficients): multiplies into d, the views that d_ranges
+        names, and d_x, those of d_x_ranges; d_states are the gradients of the states beside h.
+    past: the last coefficient times d_h is what reaches the previous h past W_hh.
+    own_states: false where h lies in the buffer of the gates.
+    """
+
+    step_ranges: tuple[Range, ...]
+    step_: Callable[[Tensors, Tensor | None, Tensors, Tensors], None]
+    slopes: Callable[[Tensors, Tensors, Tensors, Tensors, Tensors], Tensors]
+    d_ranges: tuple[Range, ...]
+    step_vjp_: Callable[[Tensor, Tensors, Tensors, Tensors, Tensors], None]
+    d_x_ranges: tuple[Range, ...] = ()
+    past: bool = False
+    own_states: bool = True
+
+
+def tanh_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
+    torch.tanh_(gates[0])
+
+
+def tanh_slopes(
+    states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors
+) -> Tensors:
+    torch.mul(states[0], states[0], out=d[0]).neg_().add_(1)
+    return []
+
+
+def tanh_step_vjp_(
+    d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
+) -> None:
+    d[0].mul_(d_h)
+
+
+def relu_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
+    torch.relu_(gates[0])
+
+
+def relu_slopes(
+    states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors
+) -> Tensors:
+    return [states[0] <= 0]
+
+
+def relu_step_vjp_(
+    d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
+) -> None:
+    # Chosen, not multiplied: 0 times an infinite gradient is no 0.
+    d[0].copy_(d_h).masked_fill_(coefficients[0], 0)
+
+
+def gru_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
+    r_z, n, r, z = gates
+    (h,) = new
+    assert inner is not None
+    torch.sigmoid_(r_z)
+    n.addcmul_(r, inner).tanh_()
+    torch.sub(prev[0], n, out=h)
+    torch.addcmul(n, z, h, out=h)
+
+
+def gru_slopes(states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors) -> Tensors:
+    r, z, n, m = saved
+    d_r, d_z, d_m = d
+    d_n, rest = d_x[2], 1 - z
+    torch.mul(n, n, out=d_n).neg_().add_(1).mul_(rest)
+    torch.mul(d_n, r, out=d_m)
+    torch.mul(d_m, m, out=d_r).mul_(1 - r)
+    torch.sub(prev[0], n, out=d_z).mul_(z).mul_(rest)
+    return [z]
+
+
+def gru_step_vjp_(
+    d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
+) -> None:
+    d[0].mul_(d_h[:, None])
+    d_x[0].mul_(d_h)
+
+
+def lstm_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
+    i_f, g, o, i, f = gates
+    h, c = new
+    torch.sigmoid_(i_f)
+    torch.tanh_(g)
+    torch.sigmoid_(o)
+    torch.mul(f, prev[1], out=c).addcmul_(i, g)
+    torch.tanh(c, out=h).mul_(o)
+
+
+def lstm_slopes(
+    states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors
+) -> Tensors:
+    i, f, g, o = saved
+    d_i, d_f, d_g, d_o = d
+    tanh_c = torch.tanh(states[1])
+    torch.mul(g, i, out=d_i).mul_(1 - i)
+    torch.mul(prev[1], f, out=d_f).mul_(1 - f)
+    torch.mul(g, g, out=d_g).neg_().add_(1).mul_(i)
+    torch.mul(tanh_c, o, out=d_o).mul_(1 - o)
+    return [tanh_c.mul_(tanh_c).neg_().add_(1).mul_(o), f]
+
+
+def lstm_step_vjp_(
+    d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
+) -> None:
+    d_i_f_g, d_o = d
+    c_by_h, f = coefficients
+    d_c = d_states[0].addcmul_(d_h, c_by_h)
+    d_i_f_g.mul_(d_c[:, None])
+    d_o.mul_(d_h)
+    d_c.mul_(f)
+
+
+ELMAN = ((0, 1),)
+IN_PLACE = {
+    "rnn_tanh": InPlace(ELMAN, tanh_step_, tanh_slopes, ELMAN, tanh_step_vjp_, own_states=False),
+    "rnn_relu": InPlace(ELMAN, relu_step_, relu_slopes, ELMAN, relu_step_vjp_, own_states=False),
+    "gru": InPlace(
+        ((0, 2), (2, 3), (0, 1), (1, 2)),
+        gru_step_,
+        gru_slopes,
+        ((0, 3),),
+        gru_step_vjp_,
+        d_x_ranges=((2, 3),),
+        past=True,
+    ),
+    "lstm": InPlace(
+        ((0, 2), (2, 3), (3, 4), (0, 1), (1, 2)),
+        lstm_step_,
+        lstm_slopes,
+        ((0, 3), (3, 4)),
+        lstm_step_vjp_,
+    ),
+}
