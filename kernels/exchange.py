@@ -42,14 +42,15 @@ def wait_for_slices(flag_ptr, patience, SLICES: tl.constexpr):
 
 @triton.jit
 def gather(
-    part_ptr, row_offsets, row_mask, H: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+    part_ptr, row_offsets, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """The whole of what the slices published, as CHUNKS tiles of (CHUNK, rows)."""
+    """The whole of what the slices published, WIDTH elements a row, as CHUNKS tiles of (CHUNK,
+    rows)."""
     tiles = ()
     for c in tl.static_range(CHUNKS):
-        units = c * CHUNK + tl.arange(0, CHUNK)[:, None]
-        mask = (units < H) & row_mask
-        ptrs = part_ptr + row_offsets + units
+        column = c * CHUNK + tl.arange(0, CHUNK)[:, None]
+        ptrs = part_ptr + row_offsets + column
+        mask = (column < WIDTH) & row_mask
         tiles += (tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg"),)
     return tiles
 

@@ -84,7 +84,6 @@ def launch(
                 PARTS=plan.parts,
                 SLICES=plan.slices,
                 CHUNK=plan.chunk,
-                CHUNKS=plan.chunks,
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
                 **arguments,
@@ -142,6 +141,8 @@ def forward(
         state_n_ptrs=state_n,
         STEP=CELLS[cell.name].step,
         READS_H=CELLS[cell.name].reads_h,
+        CHUNKS=plan.chunks(H),
+        PIECES=plan.pieces,
         STACKED=plan.stacked,
         **stride_arguments(
             x_gates=x_gates, output=output, stored=output if stored is None else stored
@@ -197,6 +198,8 @@ def backward(
         d_state0_ptrs=d_state0,
         d_params_ptr=d_params,
         STEP_VJP=CELLS[cell.name].step_vjp,
+        CHUNKS=plan.chunks(H if plan.slices == 1 else cell.gates * H),
+        PIECES=plan.pieces_backward,
         RECALLS=cell.states > 1 or CELLS[cell.name].reads_h,
         **stride_arguments(
             x_gates=output if d_x_gates is None else d_x_gates,

@@ -84,16 +84,21 @@ class Plan:
     tiles_at_once: int  # of one launch: sliced blocks wait for each other, so all must be resident
     slices: int  # blocks that share one W_hh
     chunk: int  # units that one product sums over
-    chunks: int  # products that make up the sum over all units
     directions: int
     parts: int  # tf32 tiles that one float32 tile of W_hh is split into; 1 for 16-bit dtypes
-    stacked: bool  # four gates of W_hh lie one below the other in one tile
+    stacked: bool  # four gates of W_hh lie one below the other in one tile, in the forward pass
+    pieces: int  # of a product, each the sum of a warp of its own; 1: warps have rows of their own
+    pieces_backward: int
     approximate: bool  # tanh by the chip's own instruction
     num_warps: int
     num_stages: int
     sram: int  # bytes of a block, an upper bound of what the compiler allocates
     clocks: int  # of one step by the model below: not measured
     limits: Limits
+
+    def chunks(self, columns: int) -> int:
+        """Products that make up a sum over so many units."""
+        return -(-columns // self.chunk)
 
     def grids(self) -> list[tuple[int, tuple[int, int, int]]]:
         """(first batch tile, grid) of each launch. Batch tiles are the first axis: only that one
@@ -187,16 +192,15 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     ragged = H * itemsize % VECTOR != 0
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
     refusals = (
-        rows < 16 and (unit in ("tcgen05", "mfma") or (padded(H) < 128 and layer.parts == 1)),
+        rows < 16 and unit in ("tcgen05", "mfma"),
+        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (crowded and mma),
         # Wider tiles need fewer launches, where blocks wait for each other and so must all be
         # resident; they leave registers enough where wgmma reads a short h from shared memory.
         rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
         rows > 16 and (crowded or itemsize == 4 or H > 512),
         rows > 8 and crowded and mma and unit != "mfma",
-        sliced and block_s < 32 and gates == 1,  # most warps would have no rows of their own
         sliced and crowded and block_s > 32,
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
-        sliced and gates == 3 and block_s == 32 and H > 768,
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and H > 128 and not mma,
     )
@@ -211,11 +215,18 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         chunk = min(chunk, 1024 if wide else 128 if narrow else 256)
     chunks = -(-H // chunk)
     num_warps = warps(layer, unit, block_s, sliced, stacked, ragged)
+    # mma gives a warp 16 rows of W_hh. Warps that would have none sum over units of their own. In
+    # the backward pass the gates are summed over and never stacked.
+    enough = min(16 * num_warps, 64 if unit == "wgmma" else 16 * num_warps)
+    pieces = [
+        min(num_warps, chunk // MIN_BLOCK) if sliced and height < enough else 1
+        for height in (tall, block_s)
+    ]
     # Beside W_hh lie the operand that it is multiplied with, tiles on their way between register
     # layouts, and barriers.
     weights = block_s * chunks * chunk * itemsize * layer.parts
     operand = chunk * rows * itemsize * layer.parts * (1 if sliced else gates)
-    scratch = (tall * 4 + block_s * itemsize) * rows
+    scratch = (max(tall, *(p * block_s for p in pieces)) * 4 + block_s * itemsize) * rows
     sram = weights * (4 if stacked else gates) + operand + scratch + 1024
     if sram > limits.sram:
         return None
@@ -227,15 +238,16 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         tiles_at_once=limits.sms // (slices * layer.directions) if sliced else tiles,
         slices=slices,
         chunk=chunk,
-        chunks=chunks,
         directions=layer.directions,
         parts=layer.parts,
         stacked=stacked,
+        pieces=pieces[0],
+        pieces_backward=pieces[1],
         approximate=itemsize == 2 and limits.tanh_approx,
         num_warps=num_warps,
         num_stages=1,  # the loads of the loop are asked for a step ahead by hand
         sram=sram,
-        clocks=clocks(layer, weights, block_s, rows, tall, num_warps, sliced),
+        clocks=clocks(layer, weights, block_s, rows, tall, num_warps, pieces),
         limits=limits,
     )
 
@@ -257,17 +269,22 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
 
 
 def clocks(
-    layer: Layer, weights: int, block_s: int, rows: int, tall: int, num_warps: int, sliced: bool
+    layer: Layer,
+    weights: int,
+    block_s: int,
+    rows: int,
+    tall: int,
+    num_warps: int,
+    pieces: list[int],
 ) -> int:
     """Clocks of one step, the mean of both passes; a model, not measured."""
-    # W_hh is read once from shared memory; again by each group of warps beyond its rows. In the
-    # backward pass the gates are summed over and never stacked.
-    reads = [max(1.0, 16 * num_warps / height) for height in (tall, block_s)]
+    # W_hh is read once from shared memory; again by each group of warps beyond its rows.
+    reads = [max(1.0, 16 * num_warps / (h * p)) for h, p in zip((tall, block_s), pieces)]
     step = layer.gates * weights * sum(reads) / 2 / SHARED_BYTES_PER_CLOCK
     # Each tile that comes or goes changes its layout by way of shared memory, between barriers.
     tiles = layer.gates + layer.stored + 1
     step += 300 + tiles * (80 + 0.07 * block_s * rows)
-    if sliced:
+    if layer.hidden_size > block_s:
         gathered = layer.hidden_size * rows * layer.itemsize * (1 + layer.gates) / 2
         step += L2_TRIPS * L2_TRIP + FENCE + gathered / L2_BYTES_PER_CLOCK
         step += SIGNAL * layer.hidden_size / block_s

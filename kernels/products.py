@@ -18,11 +18,13 @@ def load_weights(
     column_stride: tl.constexpr,
     GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
-    H: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
-    """PARTS x GROUPS x CHUNKS tiles of W_hh or its transpose, each (M, CHUNK)."""
+    """PARTS x GROUPS x CHUNKS tiles of W_hh or its transpose, each (M, CHUNK), or cut into PIECES:
+    (PIECES, M, CHUNK / PIECES)."""
     tiles = ()
     for part in tl.static_range(PARTS):
         for group in tl.static_range(GROUPS):
@@ -30,7 +32,11 @@ def load_weights(
             for c in tl.static_range(CHUNKS):
                 columns = c * CHUNK + tl.arange(0, CHUNK)[None, :]
                 ptrs = group_ptr + row_offsets + columns * column_stride
-                tiles += (tl.load(ptrs, mask=row_mask & (columns < H), other=0.0),)
+                tile = tl.load(ptrs, mask=row_mask & (columns < COLUMNS), other=0.0)
+                if PIECES > 1:
+                    tile = tl.reshape(tile, (tile.shape[0], PIECES, CHUNK // PIECES))
+                    tile = tl.permute(tile, (1, 0, 2))
+                tiles += (tile,)
     return tiles
 
 
@@ -55,12 +61,20 @@ def recurrent_product(
     alive,
     acc,
     SLICES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """acc + W x for the W of one group, W and x in as many chunks as the tuple has; NaN if x did
     not all come. float32 is multiplied in tf32: in one product, or, where W comes in two parts
-    (high then low), in the three that give nearly all of float32."""
+    (high then low), in the three that give nearly all of float32.
+
+    In PIECES, each warp sums over its own part of every chunk: where W has too few rows to give
+    each warp some, the warps would otherwise all read all of W."""
     SPLIT: tl.constexpr = len(weights) == 2 * GROUPS * len(chunks)
-    low = tl.zeros_like(acc)
+    if PIECES > 1:
+        high_sum = tl.zeros((PIECES, acc.shape[0], acc.shape[1]), tl.float32)
+    else:
+        high_sum = acc
+    low_sum = tl.zeros_like(high_sum)
     for c in tl.static_range(len(chunks)):
         W = weights[group * len(chunks) + c]
         # Chosen here and not where x is loaded: the compiler copies a tile to shared memory right
@@ -68,20 +82,24 @@ def recurrent_product(
         x = chunks[c]
         if SLICES > 1:
             x = tl.where(alive, x, float("nan"))
+        if PIECES > 1:
+            x = tl.reshape(x, (PIECES, x.shape[0] // PIECES, x.shape[1]))
         if W.dtype == tl.float32:
             high = round_tf32(x)
             if SPLIT:
                 W_low = weights[(GROUPS + group) * len(chunks) + c]
-                low = tl.dot(W_low, high, low, input_precision="tf32")
-                low = tl.dot(W, x - high, low, input_precision="tf32")
-            acc = tl.dot(W, high, acc, input_precision="tf32")
+                low_sum = tl.dot(W_low, high, low_sum, input_precision="tf32")
+                low_sum = tl.dot(W, x - high, low_sum, input_precision="tf32")
+            high_sum = tl.dot(W, high, high_sum, input_precision="tf32")
         else:
-            acc = tl.dot(W, x, acc)
+            high_sum = tl.dot(W, x, high_sum)
     if SPLIT:
         # An infinite sum or a NaN is float32's own. Beside it the low part is no correction, but
         # infinity minus infinity.
-        acc = tl.where(tl.abs(acc) < float("inf"), acc + low, acc)
-    return acc
+        high_sum = tl.where(tl.abs(high_sum) < float("inf"), high_sum + low_sum, high_sum)
+    if PIECES > 1:
+        high_sum = acc + tl.sum(high_sum, 0)
+    return high_sum
 
 
 @triton.jit
@@ -101,17 +119,20 @@ def gate_products(
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
     SLICES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """W_hh h as one tile for each gate."""
     products = ()
     if STACKED:
         zero = tl.zeros((4 * BLOCK_S, BLOCK_B), tl.float32)
-        upper, lower = halves(recurrent_product(weights, 0, 1, chunks, alive, zero, SLICES))
+        stack = recurrent_product(weights, 0, 1, chunks, alive, zero, SLICES, PIECES)
+        upper, lower = halves(stack)
         a, b = halves(upper)
         c, d = halves(lower)
         products = (a, b, c, d)
     else:
         for gate in tl.static_range(GATES):
             zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-            products += (recurrent_product(weights, gate, GATES, chunks, alive, zero, SLICES),)
+            product = recurrent_product(weights, gate, GATES, chunks, alive, zero, SLICES, PIECES)
+            products += (product,)
     return products

@@ -23,6 +23,21 @@ import triton.language as tl
 
 from .exchange import gather, report, wait_for_slices
 from .products import gate_products, load_weights, recurrent_product
+from .steps import (
+    active_at,
+    add,
+    at,
+    at_step,
+    load_params,
+    load_states,
+    load_tiles,
+    place_of,
+    steps_of,
+    store_tiles,
+    to_float32,
+    where_active,
+    zero_where_not,
+)
 
 # T, B and the strides change from call to call: a value of 1 or a multiple of 16 must not compile
 # the kernel again. What the compiler may know about alignment, it learns from UNIT.
@@ -32,120 +47,6 @@ RUNTIME = [
     "stored_stride_t", "stored_stride_b",
 ]  # fmt: skip
 RUNTIME_BACKWARD = ["d_output_stride_t", "d_output_stride_b"]
-
-
-@triton.jit
-def load_tiles(ptrs, mask, H: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tiles that lie H elements apart."""
-    tiles = ()
-    for i in tl.static_range(COUNT):
-        tiles += (tl.load(ptrs + i * H, mask=mask, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def store_tiles(ptrs, tiles, mask, H: tl.constexpr):
-    """Rounded to what the pointer points to."""
-    for i in tl.static_range(len(tiles)):
-        tl.store(ptrs + i * H, tiles[i].to(ptrs.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def to_float32(tiles):
-    converted = ()
-    for i in tl.static_range(len(tiles)):
-        converted += (tiles[i].to(tl.float32),)
-    return converted
-
-
-@triton.jit
-def where_active(active, tiles, others):
-    chosen = ()
-    for i in tl.static_range(len(tiles)):
-        chosen += (tl.where(active, tiles[i], others[i]),)
-    return chosen
-
-
-@triton.jit
-def zero_where_not(active, tiles):
-    masked = ()
-    for i in tl.static_range(len(tiles)):
-        masked += (tl.where(active, tiles[i], 0.0),)
-    return masked
-
-
-@triton.jit
-def add(tiles, others):
-    sums = ()
-    for i in tl.static_range(len(tiles)):
-        sums += (tiles[i] + others[i],)
-    return sums
-
-
-@triton.jit
-def load_params(param_ptrs, offsets, mask):
-    """The cell's vectors per unit as float32 tiles (units, 1)."""
-    params = ()
-    for i in tl.static_range(len(param_ptrs)):
-        params += (tl.load(param_ptrs[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
-    return params
-
-
-@triton.jit
-def steps_of(T, lengths, PACKED: tl.constexpr):
-    """The steps that this program's rows take part in. Only packed rows end early: otherwise zeros
-    are still to be written."""
-    steps = T
-    if PACKED:
-        steps = tl.minimum(tl.max(lengths), T).to(tl.int32)
-    return steps
-
-
-@triton.jit
-def at_step(i, steps, backwards):
-    """The time index of the i-th step, from 0 up or, backwards, from steps - 1 down; 64 bits
-    wide."""
-    return (i + backwards * (steps - 1 - 2 * i)).to(tl.int64)
-
-
-@triton.jit
-def place_of(i, steps, backwards, offsets_ptr):
-    """Where the rows of the i-th step begin, in time strides: t or, packed, the row that `offsets`
-    names. After the last step nothing is there to be read."""
-    place = at_step(i, steps, backwards)
-    if offsets_ptr is not None:
-        place = tl.load(offsets_ptr + place, mask=i < steps, other=0).to(tl.int64)
-    return place
-
-
-@triton.jit
-def active_at(i, steps, backwards, lengths):
-    """Which rows take part in the i-th step, (1, 1) or (1, BLOCK_B); none after the last."""
-    active = tl.zeros((1, 1), tl.int32) + i < steps
-    if lengths is not None:
-        active = active & (at_step(i, steps, backwards) < lengths)
-    return active
-
-
-@triton.jit
-def at(steps, place):
-    """Pointers to one step of a tensor that is given as (pointer, time stride, offsets)."""
-    return steps[0] + place * steps[1] + steps[2]
-
-
-@triton.jit
-def load_states(active, output, stored, state0_ptrs, state0_offsets, place, mask, H: tl.constexpr):
-    """The states after a step or, of rows that have not come to it, those before the first: chosen
-    among the pointers, so that nothing is read twice."""
-    states = ()
-    for s in tl.static_range(len(state0_ptrs)):
-        if s == 0:
-            ptrs = at(output, place)
-        else:
-            ptrs = at(stored, place) + (s - 1) * H
-        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)
-        states += (tl.load(ptrs, mask=mask, other=0.0),)
-    return states
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -187,6 +88,7 @@ def forward_kernel(
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
     STACKED: tl.constexpr,
 ):
     tile = first_tile + tl.program_id(0)
@@ -199,12 +101,12 @@ def forward_kernel(
     mask = (units < H) & (rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     x_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
-    x_gates_steps = (x_gates_ptr, x_gates_stride_t * UNIT, x_gates_offsets)
+    x_gates_steps = (x_gates_ptr, x_gates_stride_t.to(tl.int64) * UNIT, x_gates_offsets)
     output_offsets = direction * H + rows * output_stride_b * UNIT + units
-    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    output_steps = (output_ptr, output_stride_t.to(tl.int64) * UNIT, output_offsets)
     if stored_ptr is not None:
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
-        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
+        stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
     state_rows = (direction * B + rows) * H
     lengths = None
     if lengths_ptr is not None:
@@ -213,20 +115,20 @@ def forward_kernel(
 
     # W_hh is read here, once, and stays on the chip; the loop never touches its pointer.
     weight_hh_ptr += direction * GATES * H * H
-    part_stride = D * GATES * H * H
     if STACKED:
         stack = tl.arange(0, 4 * BLOCK_S)[:, None]
         unit = first_unit + stack % BLOCK_S
-        stack_mask = (unit < H) & (stack < GATES * BLOCK_S)
-        stack_offsets = (stack // BLOCK_S * H + unit) * H
-        weights = load_weights(
-            weight_hh_ptr, stack_offsets, stack_mask, part_stride, 0, 1, 1, PARTS, H, CHUNK, CHUNKS
-        )
+        row_offsets = (stack // BLOCK_S * H + unit) * H
+        row_mask = (unit < H) & (stack < GATES * BLOCK_S)
+        GROUPS: tl.constexpr = 1
     else:
-        weights = load_weights(
-            weight_hh_ptr, units * H, units < H, part_stride, H * H, 1, GATES, PARTS, H, CHUNK,
-            CHUNKS,
-        )  # fmt: skip
+        row_offsets = units * H
+        row_mask = units < H
+        GROUPS: tl.constexpr = GATES
+    weights = load_weights(
+        weight_hh_ptr, row_offsets, row_mask, D * GATES * H * H, H * H, 1, GROUPS, PARTS, H, CHUNK,
+        CHUNKS, PIECES,
+    )  # fmt: skip
     params = load_params(param_ptrs, direction * H + units, units < H)
     state = ()
     for s in tl.static_range(len(state0_ptrs)):
@@ -256,7 +158,7 @@ def forward_kernel(
             place_after = place_of(i + 2, steps, backwards, offsets_ptr)
         wanted = mask & active_at(i + 1, steps, backwards, lengths)
         x_gates_ahead = load_tiles(at(x_gates_steps, place_ahead), wanted, H, GATES)
-        h_gates = gate_products(weights, GATES, STACKED, h, alive, BLOCK_S, BLOCK_B, SLICES)
+        h_gates = gate_products(weights, GATES, STACKED, h, alive, BLOCK_S, BLOCK_B, SLICES, PIECES)
         after, saved = STEP(to_float32(x_gates), h_gates, to_float32(state), params, APPROXIMATE)
         output = after[0].to(dtype)
         if READS_H:
@@ -342,6 +244,7 @@ def backward_kernel(
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     STATES: tl.constexpr = len(state0_ptrs)
     tile = first_tile + tl.program_id(0)
@@ -354,14 +257,14 @@ def backward_kernel(
     mask = (units < H) & (rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     output_offsets = direction * H + rows * output_stride_b * UNIT + units
-    output_steps = (output_ptr, output_stride_t * UNIT, output_offsets)
+    output_steps = (output_ptr, output_stride_t.to(tl.int64) * UNIT, output_offsets)
     stored_steps = output_steps
     if stored_ptr is not None:
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
-        stored_steps = (stored_ptr, stored_stride_t * UNIT, stored_offsets)
+        stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
     if d_output_ptr is not None:
         d_output_offsets = direction * H + rows * d_output_stride_b * UNIT + units
-        d_output_steps = (d_output_ptr, d_output_stride_t * UNIT, d_output_offsets)
+        d_output_steps = (d_output_ptr, d_output_stride_t.to(tl.int64) * UNIT, d_output_offsets)
     d_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
     state_rows = (direction * B + rows) * H
     lengths = None
@@ -369,11 +272,17 @@ def backward_kernel(
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
     steps = steps_of(T, lengths, offsets_ptr is not None)
 
-    # W_hh transposed: rows are the units that h came from, columns the gates that it went to.
+    # W_hh transposed: rows are the units that h came from, columns the gates that it went to: one
+    # gate after the other where their tiles are at hand, one sum over all where they are gathered.
     weight_hh_ptr += direction * GATES * H * H
+    if SLICES == 1:
+        GROUPS: tl.constexpr = GATES
+    else:
+        GROUPS: tl.constexpr = 1
     weights = load_weights(
-        weight_hh_ptr, units, units < H, D * GATES * H * H, H * H, H, GATES, PARTS, H, CHUNK, CHUNKS
-    )
+        weight_hh_ptr, units, units < H, D * GATES * H * H, H * H, H, GROUPS, PARTS,
+        GATES // GROUPS * H, CHUNK, CHUNKS, PIECES,
+    )  # fmt: skip
     params = load_params(param_ptrs, direction * H + units, units < H)
     d_state = ()
     for s in tl.static_range(STATES):
@@ -383,7 +292,7 @@ def backward_kernel(
             d_state_s = tl.load(d_state_ptrs, mask=mask, other=0.0).to(tl.float32)
         d_state += (d_state_s,)
     d_params = ()
-    for p in tl.static_range(len(param_ptrs)):
+    for _p in tl.static_range(len(param_ptrs)):
         d_params += (tl.zeros((BLOCK_S, BLOCK_B), tl.float32),)
     alive = tl.full((), True, tl.int1)
     if SLICES > 1:
@@ -456,7 +365,7 @@ def backward_kernel(
             d_params_step = zero_where_not(active, d_params_step)
             if offsets_ptr is not None:
                 written = mask & active
-        d_gates_at = place * (x_gates_stride_t * UNIT) + d_gates_offsets
+        d_gates_at = place * (x_gates_stride_t.to(tl.int64) * UNIT) + d_gates_offsets
         if d_x_gates_ptr is not None:
             store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)
         if d_h_gates_ptr is not None:
@@ -468,13 +377,13 @@ def backward_kernel(
             store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H)
             alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
         d_h_prev = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
-        for gate in tl.static_range(GATES):
-            if SLICES == 1:
+        if SLICES == 1:
+            for gate in tl.static_range(GATES):
                 d_gate = (d_h_gates[gate].to(dtype),)
-            else:
-                whole_ptr = slot_ptr + gate * H
-                d_gate = gather(whole_ptr, state_rows * GATES, rows < B, H, CHUNK, CHUNKS)
-            d_h_prev = recurrent_product(weights, gate, GATES, d_gate, alive, d_h_prev, SLICES)
+                d_h_prev = recurrent_product(weights, gate, GATES, d_gate, alive, d_h_prev, 1, 1)
+        else:
+            d_gates = gather(slot_ptr, state_rows * GATES, rows < B, GATES * H, CHUNK, CHUNKS)
+            d_h_prev = recurrent_product(weights, 0, 1, d_gates, alive, d_h_prev, SLICES, PIECES)
         d_before = (d_h_prev,)
         for s in tl.static_range(1, STATES):
             d_before += (d_prev[s],)

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 import triton.language as tl
+from interpreted import tensors_in
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 
@@ -20,16 +21,30 @@ class Concurrent:
 
     delays: seconds, at most, that a program sleeps before each atomic operation, drawn anew.
     without: places in the grid of programs that never start.
+    pauses: for a place in the grid, seconds to sleep before the n-th atomic operation, by n.
+    patiences: for a place in the grid, its own patience.
+
+    `operations` counts the atomic operations of all programs of the last launch.
     """
 
-    def __init__(self, kernel, delays: float = 0.0, without: tuple = (), seconds: float = 120.0):
+    def __init__(
+        self,
+        kernel,
+        delays: float = 0.0,
+        without: tuple = (),
+        pauses: dict | None = None,
+        patiences: dict | None = None,
+        seconds: float = 120.0,
+    ):
         self.kernel, self.delays, self.without, self.seconds = kernel, delays, without, seconds
+        self.pauses, self.patiences = pauses or {}, patiences or {}
+        self.operations = multiprocessing.Value("q", 0)
 
     def __getitem__(self, grid):
         def run(launch_cooperative_grid=False, **arguments):
-            for value in arguments.values():
-                if isinstance(value, torch.Tensor):
-                    value.share_memory_()
+            for tensor in tensors_in(tuple(arguments.values())):
+                tensor.share_memory_()
+            self.operations.value = 0
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # a forked process has none of its parent's threads
             try:
@@ -60,13 +75,18 @@ class Concurrent:
 
         interpreter_builder.create_get_program_id = lambda axis: handle(place[axis])
         interpreter_builder.create_get_num_programs = lambda axis: handle(grid[axis])
-        if self.delays:
-            atomic = interpreter_builder.create_atomic_rmw
-            pause = random.Random(hash(place) ^ time.monotonic_ns())
+        atomic = interpreter_builder.create_atomic_rmw
+        random_pause = random.Random(hash(place) ^ time.monotonic_ns())
+        pauses, done = self.pauses.get(place, {}), 0
 
-            def delayed(*args):
-                time.sleep(pause.uniform(0.0, self.delays))
-                return atomic(*args)
+        def counted(*args):
+            nonlocal done
+            done += 1
+            time.sleep(pauses.get(done, 0.0) + random_pause.uniform(0.0, self.delays))
+            return atomic(*args)
 
-            interpreter_builder.create_atomic_rmw = delayed
-        self.kernel[(1, 1, 1)](**arguments)
+        interpreter_builder.create_atomic_rmw = counted
+        patience = self.patiences.get(place, arguments["patience"])
+        self.kernel[(1, 1, 1)](**{**arguments, "patience": patience})
+        with self.operations.get_lock():
+            self.operations.value += done

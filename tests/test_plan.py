@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.plan import NoPlan, Plan, plan
+from rnn.kernels.plan import Layer, NoPlan, Plan, plan
 
 A100, H100, RTX_4090, B200, MI300X = (
     CHIPS[target].limits() for target in ("sm_80", "sm_90", "sm_89", "sm_100", "gfx942")
@@ -15,47 +16,65 @@ A100, H100, RTX_4090, B200, MI300X = (
 each_chip = pytest.mark.parametrize(
     "limits", [A100, H100, RTX_4090, B200, MI300X], ids=lambda x: x.name
 )
+PRECISIONS = ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
+
+
+def layer(cell, hidden_size, batch=1, directions=1, dtype=torch.bfloat16, tf32=True) -> Layer:
+    c = CELLS[cell]
+    numbers = c.gates, c.states, c.stored, len(c.params)
+    return Layer(*numbers, hidden_size, batch, directions, dtype, tf32)
+
+
+LARGEST = {  # bfloat16, float32 rounded to tf32, float32
+    ("rnn_tanh", "A100"): (2304, 1728, 1152),
+}
+
+
+@pytest.mark.parametrize(("cell", "chip"), LARGEST, ids=str)
+def test_largest_hidden_size(cell, chip):
+    """As the README's table says; every smaller one is resident too."""
+    limits = next(c for c in (A100, H100, RTX_4090, B200, MI300X) if c.name == chip)
+    for (dtype, tf32), largest in zip(PRECISIONS, LARGEST[cell, chip]):
+        sizes = [*range(1, 130), *range(largest - 40, largest + 41), *range(130, largest + 600, 67)]
+        for H in sizes:
+            fits = isinstance(plan(layer(cell, H, dtype=dtype, tf32=tf32), limits), Plan)
+            assert fits == (H <= largest), H
 
 
 @pytest.mark.parametrize(
-    ("limits", "bfloat16", "float32", "float32_ieee"),
+    ("cell", "H", "dtype", "limits"),
     [
-        (A100, 2048, 1024, 512),
-        (H100, 2048, 1024, 512),
-        (B200, 2048, 1024, 512),
-        (RTX_4090, 1024, 512, 256),
-        (MI300X, 128, 64, 64),
+        ("lstm", 768, torch.bfloat16, H100),
+        ("lstm", 768, torch.bfloat16, A100),
+        ("gru", 1024, torch.bfloat16, H100),
+        ("rnn_tanh", 1152, torch.float32, H100),
     ],
-    ids=lambda x: getattr(x, "name", ""),
 )
-def test_largest_hidden_size(limits, bfloat16, float32, float32_ieee):
-    """As the README's table says; every smaller one is resident too."""
-    for dtype, tf32, largest in (
-        (torch.bfloat16, True, bfloat16),
-        (torch.float32, True, float32),
-        (torch.float32, False, float32_ieee),
-    ):
-        fits = [
-            isinstance(plan(1, h, 1, 1, dtype, tf32, limits), Plan) for h in range(1, largest + 2)
-        ]
-        assert fits == [True] * largest + [False]
+def test_sizes_that_people_use_stay_on_the_chip(cell, H, dtype, limits):
+    assert isinstance(plan(layer(cell, H, 16, dtype=dtype), limits), Plan)
 
 
 @each_chip
-def test_every_plan_fits(limits):
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_plan_fits(cell, limits):
     for H, B, D, dtype, tf32 in itertools.product(
-        (1, 2, 16, 17, 33, 100, 128, 129, 256, 1000, 2048),
+        (1, 2, 16, 17, 33, 100, 128, 129, 256, 384, 768, 1000, 1152),
         (1, 7, 16, 37, 4096),
         (1, 2),
-        dtypes,
+        (torch.float32, torch.bfloat16, torch.float16),
         (True, False),
     ):
-        p = plan(1, H, B, D, dtype, tf32, limits)
+        p = plan(layer(cell, H, B, D, dtype, tf32), limits)
         if isinstance(p, NoPlan):
             continue
-        assert p.sram <= limits.sram
-        assert max(H, 16) <= p.block_h < 2 * max(H, 16)
+        G, size = CELLS[cell].gates, torch.empty(0, dtype=dtype).element_size()
+        assert G * p.block_s * H * size * p.parts <= p.sram <= limits.sram
+        assert p.block_s >= 16 and p.block_s & (p.block_s - 1) == 0
+        assert p.chunk >= 16 and p.chunk & (p.chunk - 1) == 0
+        assert (p.slices - 1) * p.block_s < H <= p.slices * p.block_s
+        assert (p.chunks(H) - 1) * p.chunk < H <= p.chunks(H) * p.chunk
+        assert p.slices > 1 or (p.chunk == p.block_s and p.pieces == p.pieces_backward == 1)
+        assert all(p.chunk // pieces >= 16 for pieces in (p.pieces, p.pieces_backward))
         assert (p.tiles - 1) * p.block_b < B <= p.tiles * p.block_b
         assert p.num_warps & (p.num_warps - 1) == 0 and 4 <= p.num_warps <= 16
         grids = p.grids()
@@ -65,40 +84,61 @@ def test_every_plan_fits(limits):
             assert all(x * y * z <= limits.sms for _, (x, y, z) in grids)
 
 
+@pytest.mark.parametrize("H", [384, 768, 1152, 1536])
+def test_a_hidden_size_costs_what_it_holds(H):
+    """And not the next power of two: no more than a sixth of what is kept is padding."""
+    for cell, limits in itertools.product(CELLS, (A100, H100)):
+        p = plan(layer(cell, H, 16), limits)
+        if isinstance(p, Plan):
+            assert p.slices * p.block_s == H
+            assert p.chunks(H) * p.chunk <= H * 7 // 6 or p.chunks(H) * p.chunk - H < 256
+
+
 def test_a_new_batch_changes_the_grid_alone():
-    """So that no new kernel is compiled for it."""
-    for H in (256, 1024):
-        plans = [plan(1, H, B, 1, torch.bfloat16, True, H100) for B in (1, 16, 37, 100_000)]
-        same = {replace(p, tiles=0, tiles_at_once=0) for p in plans}
-        assert len(same) == 1
+    """Of batches that fill as much of the chip: so that no new kernel is compiled for them."""
+    for cell, H, batches in (
+        ("lstm", 128, (1, 16, 37)),
+        ("gru", 1024, (9, 12, 16)),
+        ("rnn_tanh", 256, (5000, 10_000, 100_000)),
+    ):
+        plans = [plan(layer(cell, H, B), H100) for B in batches]
+        same = {replace(p, tiles=0, tiles_at_once=0, clocks=0) for p in plans}
+        assert len(same) == 1, (cell, H)
 
 
-def test_a_large_batch_takes_wider_tiles_or_more_launches():
-    small, large = (plan(1, 512, B, 1, torch.bfloat16, True, H100) for B in (100, 1000))
-    assert (small.slices, small.block_b, len(small.grids())) == (8, 16, 1)
-    assert (large.slices, large.block_b, len(large.grids())) == (4, 32, 1)
-    assert len(plan(1, 1024, 1000, 1, torch.bfloat16, True, H100).grids()) == 8
+def test_few_rows_go_in_low_tiles_and_many_in_high_ones():
+    """16 rows are two tiles of 8 where the chip has room for them."""
+    for cell in CELLS:
+        few, many = (plan(layer(cell, 128, B), H100) for B in (16, 4096))
+        assert (few.block_b, few.tiles) == (8, 2)
+        assert (many.block_b, many.tiles) == (16, 256)
+
+
+def test_more_gates_take_more_of_everything():
+    plans = [plan(layer(cell, 128, 16), H100) for cell in ("rnn_tanh", "gru", "lstm")]
+    for less, more in itertools.pairwise(plans):
+        assert less.sram < more.sram and less.clocks < more.clocks
 
 
 def test_no_slices_where_blocks_may_not_wait_for_each_other():
     alone = H100._replace(cooperative=False)
-    assert isinstance(plan(1, 512, 1, 1, torch.bfloat16, True, H100), Plan)
-    assert isinstance(plan(1, 512, 1, 1, torch.bfloat16, True, alone), NoPlan)
+    assert isinstance(plan(layer("rnn_tanh", 512), H100), Plan)
+    assert isinstance(plan(layer("rnn_tanh", 512), alone), NoPlan)
     assert not MI300X.cooperative
 
 
 def test_reasons():
-    assert "float64" in str(plan(1, 8, 1, 1, torch.float64, True, H100))
-    reason = str(plan(1, 2049, 1, 1, torch.bfloat16, True, H100))
-    assert "hidden size 2049" in reason and "132 of 227 KiB" in reason
-    two = plan(1, 2048, 1, 2, torch.bfloat16, True, A100)
-    assert isinstance(plan(1, 2048, 1, 1, torch.bfloat16, True, A100), Plan)
-    assert isinstance(two, NoPlan) and "108" in str(two)  # 128 blocks for two directions
+    assert "float64" in str(plan(layer("rnn_tanh", 8, dtype=torch.float64), H100))
+    reason = str(plan(layer("lstm", 2049), H100))
+    assert "4 gate(s)" in reason and "hidden size 2049" in reason and "132 of 227 KiB" in reason
+    assert isinstance(plan(layer("gru", 1024), A100), Plan)
+    two = plan(layer("gru", 1024, directions=2), A100)
+    assert isinstance(two, NoPlan) and "2 direction(s)" in str(two) and "108" in str(two)
 
 
 def test_a_plan_explains_itself():
-    text = str(plan(1, 200, 37, 2, torch.bfloat16, True, A100))
+    text = str(plan(layer("rnn_tanh", 200, 37, 2), A100))
     assert "1 block(s)" in text and "of 163 KiB each (A100)" in text
-    assert "256 units x 16 rows" in text
-    text = str(plan(1, 1000, 1000, 1, torch.bfloat16, True, H100))
-    assert "16 block(s)" in text and "in 8 launches" in text
+    assert "256 units x 8 rows" in text
+    text = str(plan(layer("gru", 1000, 1000), H100))
+    assert "block(s)" in text and "launches" in text
