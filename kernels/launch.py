@@ -174,14 +174,15 @@ def backward(
     output = dense(output)
     stored = None if stored is None else dense(stored)
     d_output = None if d_output is None else dense(d_output)
-    d_x_gates = d_h_gates = d_params = None
+    d_x_gates = d_h_gates = d_state0 = partial_d_params = None
     if need_d_x_gates:
         d_x_gates = empty_steps(output, D * cell.gates * H)
         d_h_gates = empty_steps(output, D * cell.gates * H) if cell.split else d_x_gates
-    d_state0 = tuple(output.new_empty(D, B, H) if need_d_state0 else None for _ in d_state_n)
+    if need_d_state0:
+        d_state0 = tuple(output.new_empty(D, B, H) for _ in inputs.state0)
     if need_d_params and inputs.params:
         shape = len(inputs.params), plan.tiles, D, H
-        d_params = output.new_empty(shape, dtype=torch.float32)
+        partial_d_params = output.new_empty(shape, dtype=torch.float32)
     launch(
         backward_kernel,
         plan,
@@ -195,8 +196,8 @@ def backward(
         stored_ptr=stored,
         d_x_gates_ptr=d_x_gates,
         d_h_gates_ptr=d_h_gates if cell.split else None,
-        d_state0_ptrs=d_state0,
-        d_params_ptr=d_params,
+        d_state0_ptrs=d_state0 or (None,) * len(inputs.state0),
+        d_params_ptr=partial_d_params,
         STEP_VJP=CELLS[cell.name].step_vjp,
         CHUNKS=plan.chunks(H if plan.slices == 1 else cell.gates * H),
         PIECES=plan.pieces_backward,
@@ -209,7 +210,8 @@ def backward(
         ),
         **read_arguments(plan, cell, inputs),
     )
-    if need_d_params:
-        parts = () if d_params is None else d_params.sum(1)
-        d_params = tuple(d.to(p.dtype) for d, p in zip(parts, inputs.params))
-    return d_x_gates, d_h_gates, d_state0 if need_d_state0 else None, d_params
+    if not need_d_params:
+        return d_x_gates, d_h_gates, d_state0, None
+    sums = () if partial_d_params is None else partial_d_params.sum(1)
+    d_params = tuple(d.to(p.dtype) for d, p in zip(sums, inputs.params))
+    return d_x_gates, d_h_gates, d_state0, d_params

@@ -12,6 +12,7 @@ import torch
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIN_BLOCK = 16  # tl.dot sums over no fewer than this
+WARP_REGISTERS = 32 * 256 * 4  # bytes
 VECTOR = 16  # bytes of the widest access of one thread
 SHARED_BYTES_PER_CLOCK = 128  # of one SM, sm_80 to sm_100 (CUDA programming guide)
 L2_BYTES_PER_CLOCK = 64  # into one SM (NVIDIA, A100 white paper)
@@ -204,7 +205,10 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and H > 128 and not mma,
     )
-    if any(refusals):
+    num_warps = warps(layer, unit, block_s, sliced, stacked, ragged)
+    # The backward pass gathers all gates of all units, and there are other tiles to be held.
+    gathered = gates * H * rows * itemsize if sliced else 0
+    if any(refusals) or gathered > num_warps * WARP_REGISTERS / 2:
         return None
     # mma holds its operands in registers: the sum over units is cut so that they fit. wgmma reads
     # them from shared memory, given 64 rows of W_hh.
@@ -214,7 +218,6 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         wide = unit == "wgmma" and not mma and layer.parts == 1 and gates == 1
         chunk = min(chunk, 1024 if wide else 128 if narrow else 256)
     chunks = -(-H // chunk)
-    num_warps = warps(layer, unit, block_s, sliced, stacked, ragged)
     # mma gives a warp 16 rows of W_hh. Warps that would have none sum over units of their own. In
     # the backward pass the gates are summed over and never stacked.
     enough = min(16 * num_warps, 64 if unit == "wgmma" else 16 * num_warps)

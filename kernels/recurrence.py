@@ -120,11 +120,10 @@ def forward_kernel(
         unit = first_unit + stack % BLOCK_S
         row_offsets = (stack // BLOCK_S * H + unit) * H
         row_mask = (unit < H) & (stack < GATES * BLOCK_S)
-        GROUPS: tl.constexpr = 1
     else:
         row_offsets = units * H
         row_mask = units < H
-        GROUPS: tl.constexpr = GATES
+    GROUPS: tl.constexpr = 1 if STACKED else GATES
     weights = load_weights(
         weight_hh_ptr, row_offsets, row_mask, D * GATES * H * H, H * H, 1, GROUPS, PARTS, H, CHUNK,
         CHUNKS, PIECES,
@@ -275,10 +274,7 @@ def backward_kernel(
     # W_hh transposed: rows are the units that h came from, columns the gates that it went to: one
     # gate after the other where their tiles are at hand, one sum over all where they are gathered.
     weight_hh_ptr += direction * GATES * H * H
-    if SLICES == 1:
-        GROUPS: tl.constexpr = GATES
-    else:
-        GROUPS: tl.constexpr = 1
+    GROUPS: tl.constexpr = GATES if SLICES == 1 else 1
     weights = load_weights(
         weight_hh_ptr, units, units < H, D * GATES * H * H, H * H, H, GROUPS, PARTS,
         GATES // GROUPS * H, CHUNK, CHUNKS, PIECES,
