@@ -1,30 +1,29 @@
 """The compiled kernels, examined without a GPU: python -m bench.compiled
 
-For each cell, pass, dtype and hidden size this takes the plan that the library itself takes on a
-chip, compiles exactly what a launch would run there, and reads the machine code. The kernels are
-compiled by the library's own call with the launch left out, so that nothing about their arguments
-or options is repeated here.
+For each cell, dtype and hidden size this takes the plan that the library itself takes on a chip,
+compiles exactly what both passes of a layer would launch there, and reads the machine code. The
+kernels are compiled by the library's own launchers with the launch left out, so that nothing
+about their arguments or options is repeated here.
 
-A row is resident if W_hh is read from device memory before the time loop and nowhere else, and
-no register is spilled. Exit status: 1 if the library would run a row that is not resident.
+A kernel is resident if W_hh is read from device memory before the time loop and nowhere else, and
+no register is spilled. Exit status: 1 if the library would run a kernel that is not resident.
 
-Times are the model of `lower_bounds`, not measured. dtype float32 lets products be rounded to
+Times are the model of `lower_bound`, not measured. dtype float32 lets products be rounded to
 tf32, float32-ieee does not (three tf32 products each).
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,30 +32,30 @@ from unittest import mock
 
 import torch
 
-from rnn import functional, reference
+from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS, Chip
-from rnn.kernels.plan import L2_TRIPS, NoPlan, Plan, plan
+from rnn.kernels.layout import Inputs
+from rnn.kernels.plan import Layer, NoPlan, Plan, plan
 
 from .machine_code import (
     WEIGHTS,
     CodeLoop,
     IrLoop,
-    parse_amdgcn,
-    parse_amdgcn_resources,
+    parse_code,
     parse_resources,
-    parse_sass,
     parse_ttgir,
 )
 
-DTYPES = {
+DTYPES = {  # name: dtype, whether products may be rounded to tf32
     "bfloat16": (torch.bfloat16, True),
     "float16": (torch.float16, True),
     "float32": (torch.float32, True),
     "float32-ieee": (torch.float32, False),
 }
-PASSES = ("forward", "reverse")
+LENGTHS = ("equal", "padded", "packed")
+L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 
-Row = dict[str, Any]  # a figure that could not be had is a string: "n/a: " and the reason
+Row = dict[str, Any]  # a line of the table, by column
 
 
 class Job(NamedTuple):
@@ -64,11 +63,17 @@ class Job(NamedTuple):
 
     target: str
     cell: str
-    hidden: int
+    H: int
     dtype: str  # a key of DTYPES
-    lengths: bool = False
-    num_warps: int | None = None  # instead of the plan's
+    lengths: str = "equal"  # one of LENGTHS
     batch: int = 16
+
+    def plan(self) -> Plan | NoPlan:
+        cell = CELLS[self.cell]
+        numbers = cell.gates, cell.states, cell.stored, len(cell.params)
+        dtype, tf32 = DTYPES[self.dtype]
+        layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32)
+        return plan(layer, CHIPS[self.target].limits())
 
 
 # ------------------------------------------------------------------------------- compilation
@@ -96,8 +101,8 @@ class AbsentDevice:
         return self.target
 
 
-def compile_launches(call: Callable[[], object], target: str) -> dict[str, Any]:
-    """Run `call`, compiling each kernel that it would launch on the target instead of launching.
+def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
+    """Call `call`, compiling each kernel that it would launch on the target instead of launching.
 
     Returns the compiled kernel, or the exception that the compiler raised, by kernel name.
     """
@@ -116,227 +121,186 @@ def compile_launches(call: Callable[[], object], target: str) -> dict[str, Any]:
 
     driver.set_active(AbsentDevice(target))
     with mock.patch.object(JITFunction, "run", compile_only):
-        call()
+        call(*args)
     return compiled
 
 
-def training_step(job: Job, found: Plan) -> None:
-    """What the library does for one layer, forward and backward, with all gradients wanted."""
+def training_step(job: Job, planned: Plan, T: int = 2) -> None:
+    """Launch what the library launches for one layer, forward and backward, with all gradients."""
+    from rnn.kernels import launch
+
+    cell, B, H = CELLS[job.cell], job.batch, job.H
     dtype, _ = DTYPES[job.dtype]
-    H, G = job.hidden, reference.CELLS[job.cell].gates
-    x_gates = torch.zeros(2, job.batch, G * H, dtype=dtype, requires_grad=True)
-    h0 = torch.zeros(job.batch, H, dtype=dtype, requires_grad=True)
-    weight_hh = torch.zeros(G * H, H, dtype=dtype, requires_grad=True)
-    lengths = torch.full((job.batch,), 2) if job.lengths else None
-    with mock.patch.object(functional, "choose", return_value=found):
-        outputs = functional.recurrence(x_gates, h0, weight_hh, cell=job.cell, lengths=lengths)
-    gradients = [torch.zeros_like(x) for x in outputs]
-    torch.autograd.grad(outputs, [x_gates, h0, weight_hh], gradients)
+    steps = (T * B,) if job.lengths == "packed" else (T, B)
+    inputs = Inputs(
+        torch.zeros(*steps, cell.gates * H, dtype=dtype),
+        tuple(torch.zeros(1, B, H, dtype=dtype) for _ in range(cell.states)),
+        torch.zeros(1, cell.gates * H, H, dtype=dtype),
+        tuple(torch.zeros(1, H, dtype=dtype) for _ in cell.params),
+        None if job.lengths == "equal" else torch.full((B,), T),
+        torch.arange(0, T * B, B) if job.lengths == "packed" else None,
+    )
+    output, state_n, stored = launch.forward(planned, cell, inputs, save=True)
+    d_state_n = tuple(torch.zeros_like(state) for state in state_n)
+    launch.backward(
+        planned,
+        cell,
+        inputs,
+        output,
+        stored,
+        torch.zeros_like(output),
+        d_state_n,
+        need_d_x_gates=True,
+        need_d_state0=True,
+        need_d_params=True,
+    )
 
 
 # ----------------------------------------------------------------------------------- figures
 
 
-def run_tool(name: str, *arguments: str, cubin: bytes) -> str:
-    """The output of a CUDA tool; "n/a: " and the reason where it is absent or fails."""
+def run_tool(name: str, option: str, cubin: bytes) -> str:
+    """The output of one of the CUDA tools that lie in Triton's package, beside ptxas."""
     import triton
 
-    beside = Path(triton.__file__).parent / "backends/nvidia/bin" / name  # where ptxas lies
-    path = str(beside) if beside.exists() else shutil.which(name)
-    if path is None:
-        return f"n/a: no {name}"
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([path, *arguments, file.name], capture_output=True, text=True)
-    return done.stdout if done.returncode == 0 else f"n/a: {name} failed"
+        command = [str(path), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_code(compiled: Any, steps: int) -> tuple[CodeLoop | str, tuple[int, int] | str]:
-    """The time loop; registers and spilled bytes of a thread. Or "n/a: " and the reason."""
+def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
+    """The time loop; registers and spilled bytes of a thread."""
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        return parse_amdgcn(assembly, steps), parse_amdgcn_resources(assembly)
-    sass = run_tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
-    usage = run_tool("cuobjdump", "-res-usage", cubin=compiled.asm["cubin"])
-    return (
-        sass if sass.startswith("n/a: ") else parse_sass(sass, steps),
-        usage if usage.startswith("n/a: ") else parse_resources(usage),
-    )
+        return parse_code(assembly), parse_resources(assembly)
+    cubin = compiled.asm["cubin"]
+    sass, usage = run_tool("nvdisasm", "-c", cubin), run_tool("cuobjdump", "-res-usage", cubin)
+    return parse_code(sass), parse_resources(usage)
 
 
-def lower_bounds(chip: Chip, slices: int, num_warps: int, ir: IrLoop, code: CodeLoop | str) -> Row:
-    """Times in ns that a step cannot come below on the chip; a model, not measured.
+def lower_bound(
+    chip: Chip, slices: int, num_warps: int, ir: IrLoop, code: CodeLoop
+) -> tuple[float, str]:
+    """The time in ns that a step cannot come below on the chip, and why; a model, not measured.
 
     Each term takes one resource of the SM at its peak rate, as if nothing waited for anything:
-    shared memory, the matrix unit, the issue slots, and the trips to L2 that exchange the state.
-    The largest is the bound. Latencies of dependent instructions are left out, so that a real
-    step takes longer, often by a factor.
+    shared memory, from which each operand of a product comes once; the matrix unit; the issue
+    slots; and the trips to L2 that exchange the state. The largest is the bound. Latencies of
+    dependent instructions are left out, so that a real step takes longer, often by a factor.
     """
-    rate = chip.tf32_rate if ir.operand == "f32" else chip.bf16_rate
-    shared: float | str
-    clocks: dict[str, float | str]
-    if isinstance(code, str):
-        shared = code
-        clocks = {"smem": code, "tensor": ir.multiply_adds / rate, "issue": code}
-    else:
-        shared = code.shared_bytes * num_warps + ir.tcgen05_bytes
-        # Warps may do the same product twice: then the machine code has more of them than the IR.
-        products = max(ir.multiply_adds, code.multiply_adds * num_warps)
-        clocks = {
-            "smem": shared / chip.sram_rate,
-            "tensor": products / rate if code.matrix else "n/a: no matrix instruction",
-            "issue": code.issued * num_warps / chip.issue_rate,
-        }
-    clocks["L2"] = L2_TRIPS * chip.l2_trip if slices > 1 else 0.0
-    times = {k: v if isinstance(v, str) else v / chip.clock for k, v in clocks.items()}
-    bound, name = max((v, k) for k, v in times.items() if not isinstance(v, str))
-    named = {f"{k} ns": v for k, v in times.items()}
-    return {"smem bytes": shared, **named, "bound ns": bound, "bound by": name}
+    clocks = {
+        "SRAM": ir.shared_bytes / chip.sram_rate,
+        "tensor": ir.multiply_adds / (chip.tf32_rate if ir.bits == 32 else chip.bf16_rate),
+        "issue": code.issued * num_warps / chip.issue_rate,
+        "L2": L2_TRIPS * chip.l2_trip if slices > 1 else 0.0,
+    }
+    bound, name = max((value, name) for name, value in clocks.items())
+    return bound / chip.clock, name
 
 
-def judge(row: Row) -> str:
-    """ "resident", or the reason why not; "unknown: ..." where a tool is missing."""
-    if WEIGHTS in row["loads"]:
+def judge(row: Row, sram_limit: int) -> str:
+    """ "resident", or the reason why not."""
+    if row["loads"][WEIGHTS]:
         return "W_hh is read from device memory in the loop"
-    if row["W_hh in"] not in ("shared memory", "registers", "tensor memory"):
-        return f"W_hh is in {row['W_hh in']}"
-    if isinstance(row["SRAM"], int) and row["SRAM"] > row["SRAM limit"]:
-        return f"needs {row['SRAM']} of {row['SRAM limit']} bytes of SRAM"
-    if isinstance(row["spilled"], str):
-        return f"unknown: {row['spilled']}"
-    if row["spilled"] > 0:
-        return f"spills {row['spilled']} B a thread; accesses a step: {text(row['spill accesses'])}"
+    if row["W_hh_in"] not in ("shared memory", "registers", "tensor memory"):
+        return f"W_hh is in {row['W_hh_in']}"
+    if row["SRAM_B"] > sram_limit:
+        return f"needs {row['SRAM_B']} of {sram_limit} bytes of SRAM"
+    if row["spill_B"]:
+        return f"spills; accesses a step: {row['spill_instr']}"
     return "resident"
 
 
-def figures(chip: Chip, hidden: int, found: Plan, compiled: Any) -> Row:
+def figures(chip: Chip, planned: Plan, compiled: Any) -> Row:
     ir = parse_ttgir(compiled.asm["ttgir"])
-    code, resources = read_code(compiled, ir.steps)
-    sram = getattr(compiled.metadata, "shared", "n/a: no metadata.shared")
+    code, (registers, spilled) = read_code(compiled)
+    warps = compiled.metadata.num_warps
+    bound, name = lower_bound(chip, planned.slices, warps, ir, code)
     row = {
-        "slices": found.slices,
-        "tile": f"{found.block_h // found.slices}x{found.block_b}",
-        "warps": found.num_warps,
-        "registers": resources if isinstance(resources, str) else resources[0],
-        "spilled": resources if isinstance(resources, str) else resources[1],
-        "SRAM": sram,
-        "SRAM planned": found.sram,
-        "SRAM limit": chip.sram,
-        "SRAM %": sram if isinstance(sram, str) else 100 * sram / chip.sram,
-        "W_hh in": ir.weights_in,
-        "W_hh loads before": ir.weight_loads,
-        "loads": ir.loads,
-        "matrix": code if isinstance(code, str) else code.matrix,
-        "instructions": code if isinstance(code, str) else code.instructions,
-        "barriers": code if isinstance(code, str) else code.barriers,
-        "spill accesses": code if isinstance(code, str) else code.spills,
-        # Of the units that a tile is padded with nothing is read or written.
-        "device bytes": (ir.load_bytes + ir.store_bytes) * hidden / found.block_h,
-        **lower_bounds(chip, found.slices, found.num_warps, ir, code),
+        "slices": planned.slices,
+        "tile": f"{planned.block_s}x{planned.block_b}",
+        "warps": warps,
+        "regs": registers,
+        "spill_B": spilled,
+        "SRAM_B": compiled.metadata.shared,
+        "W_hh_in": ir.weights_in,
+        "loads": Counter(ir.loads),
+        "instr": code.instructions,
+        "mma": code.matrix,
+        "bar": code.barriers,
+        "spill_instr": code.spills,
+        "bound_ns": bound,
+        "by": name,
     }
-    return row | {"verdict": judge(row)}
+    return row | {"verdict": judge(row, chip.sram)}
 
 
-def rows_of(job: Job) -> list[Row]:
-    """One row for each pass."""
+def rows_of(job: Job, **changes: Any) -> list[Row]:
+    """One row for each kernel, with what `changes` says instead of the plan's."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # nothing to do here
     torch.set_num_threads(1)
-    chip = CHIPS[job.target]
-    dtype, tf32 = DTYPES[job.dtype]
-    gates = reference.CELLS[job.cell].gates
-    found = plan(gates, job.hidden, job.batch, 1, dtype, tf32, chip.limits())
-    rows: list[Row] = [{**job._asdict(), "chip": chip.name, "pass": name} for name in PASSES]
-    if isinstance(found, NoPlan):
-        return [row | {"verdict": f"torch: {found.why}"} for row in rows]
-    if job.num_warps is not None:
-        found = dataclasses.replace(found, num_warps=job.num_warps)
-    compiled = compile_launches(lambda: training_step(job, found), job.target)
-    for row in rows:
-        kernel = compiled.get(f"{row['pass']}_kernel", "no such kernel was launched")
+    head = {"kernel": "both", **job._asdict()}
+    planned = job.plan()
+    if isinstance(planned, NoPlan):
+        return [head | {"verdict": f"torch: {planned.why}"}]
+    planned = dataclasses.replace(planned, **changes)
+    rows = []
+    for name, kernel in compile_launches(job.target, training_step, job, planned).items():
+        row = head | {"kernel": name.removesuffix("_kernel")}
         try:
-            if isinstance(kernel, Exception | str):
-                raise ValueError(kernel)
-            row |= figures(chip, job.hidden, found, kernel)
+            if isinstance(kernel, Exception):
+                raise ValueError(f"{type(kernel).__name__}: {kernel}")
+            row |= figures(CHIPS[job.target], planned, kernel)
         except ValueError as error:  # of the compiler, or of a parser that did not find its loop
             row["verdict"] = f"not compiled or not understood: {error}".splitlines()[0]
+        rows.append(row)
     return rows
 
 
-def rows_of_all(jobs: list[Job]) -> dict[Job, list[Row]]:
+def rows_of_all(jobs: list[Job]) -> list[Row]:
     """rows_of each job, side by side. Shows on stderr how far it has come."""
     rows: dict[Job, list[Row]] = {}
 
     def run(some: list[Job], workers: int | None) -> None:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(rows_of, job): job for job in some}
-            for future in as_completed(futures):
-                try:
-                    rows[futures[future]] = future.result()
-                except BrokenProcessPool:
-                    continue
-                print(f"\r{len(rows)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
+            for job, future in [(job, pool.submit(rows_of, job)) for job in some]:
+                with suppress(BrokenProcessPool):
+                    rows[job] = future.result()
+                    print(f"\r{len(rows)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
 
     run(jobs, os.cpu_count())
     for job in [job for job in jobs if job not in rows]:
         # Where the compiler aborts it takes the whole pool with it; alone, each shows its own.
         run([job], 1)
-        aborted = {**job._asdict(), "chip": CHIPS[job.target].name, "verdict": "compiler aborted"}
-        rows.setdefault(job, [{**aborted, "pass": name} for name in PASSES])
+        rows.setdefault(job, [{**job._asdict(), "verdict": "compiler aborted"}])
     print(file=sys.stderr)
-    return rows
+    return [row for job in jobs for row in rows[job]]
 
 
 # ------------------------------------------------------------------------------------ output
 
-COLUMNS = {  # key in a row: heading
-    "cell": "cell",
-    "pass": "pass",
-    "dtype": "dtype",
-    "hidden": "H",
-    "slices": "slices",
-    "tile": "tile",
-    "warps": "warps",
-    "registers": "regs",
-    "spilled": "spill B",
-    "SRAM": "SRAM B",
-    "SRAM %": "%",
-    "W_hh in": "W_hh in",
-    "loads": "loads",
-    "matrix": "matrix",
-    "instructions": "instr",
-    "barriers": "bar",
-    "device bytes": "device B",
-    "smem bytes": "smem B",
-    "smem ns": "smem ns",
-    "tensor ns": "tensor ns",
-    "issue ns": "issue ns",
-    "L2 ns": "L2 ns",
-    "bound ns": "bound ns",
-    "bound by": "by",
-    "verdict": "verdict",
-}
+COLUMNS = (
+    "cell kernel dtype H lengths slices tile warps regs spill_B SRAM_B W_hh_in loads instr mma bar "
+    "bound_ns by verdict"
+).split()
 
 
 def text(figure: Any) -> str:
-    if isinstance(figure, dict):
-        return ", ".join(f"{count:g} {name}" for name, count in figure.items()) or "none"
-    if isinstance(figure, list):
-        return ", ".join(figure) or "none"
+    if isinstance(figure, Counter):
+        return ", ".join(f"{n} {name}" if n > 1 else name for name, n in figure.items())
     return f"{figure:.0f}" if isinstance(figure, float) else str(figure)
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """A Markdown table; its last column is as wide as it comes."""
-    lines = [list(COLUMNS.values())]
-    lines += [[text(row.get(key, "")) for key in COLUMNS] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    widths[-1] = 3
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [[text(row.get(name, "")) for name in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths[-1] = 0
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def main() -> int:
@@ -345,49 +309,33 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    targets, cells = list(CHIPS), list(reference.CELLS)
-    default = [t for t in targets if t != "sm_89"]
-    parser.add_argument("--target", nargs="+", choices=targets, default=default)
-    parser.add_argument("--cell", nargs="+", choices=cells, default=cells)
+
+    def choose(name: str, choices: Any, default: list) -> None:
+        parser.add_argument(name, nargs="+", choices=choices, default=default)
+
+    choose("--target", list(CHIPS), ["sm_80", "sm_90", "sm_100", "gfx942"])
+    choose("--cell", list(CELLS), list(CELLS))
+    choose("--dtype", list(DTYPES), ["bfloat16", "float32", "float32-ieee"])
+    choose("--lengths", LENGTHS, ["equal"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256], metavar="H")
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=list(DTYPES),
-        default=["bfloat16", "float32", "float32-ieee"],
-    )
-    parser.add_argument("--lengths", action="store_true", help="rows of different length")
-    parser.add_argument("--num-warps", type=int, metavar="N", help="instead of the plan's")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="rows (default 16)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as well")
     args = parser.parse_args()
-    if functional.kernels is None:
-        parser.error("triton is not installed")
+    import triton
 
     os.environ.pop("TRITON_INTERPRET", None)  # workers inherit it; interpreted is not compiled
-    jobs = [
-        Job(*case, lengths=args.lengths, num_warps=args.num_warps, batch=args.batch)
-        for case in product(args.target, args.cell, args.hidden, args.dtype)
-    ]
-    rows = rows_of_all(jobs)
-    versions = {"triton": functional.kernels.triton.__version__, "torch": torch.__version__}
-    print(", ".join(f"{k} {v}" for k, v in versions.items()), "on", platform.machine())
-    print(
-        "Figures of one block and time step; matrix, instr and bar of one warp. "
-        "ns: lower bounds by the model, not measured."
-    )
+    axes = args.target, args.cell, args.hidden, args.dtype, args.lengths
+    rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
+    print(f"Triton {triton.__version__}, torch {torch.__version__}.")
+    print("Figures of one block and time step; instr, mma and bar of one warp.")
+    print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]
         print(f"\n{target}: {chip.name}, {chip.sms} SMs at {chip.clock} GHz, {chip.sram} B of SRAM")
-        print(table(row for job in jobs if job.target == target for row in rows[job]))
-    every = [row for job in jobs for row in rows[job]]
-    if args.json:
-        Path(args.json).write_text(json.dumps({"versions": versions, "rows": every}, indent=1))
-    ours = [row["verdict"] for row in every if not row["verdict"].startswith("torch: ")]
-    unknown = sum(verdict.startswith("unknown: ") for verdict in ours)
-    resident = ours.count("resident")
-    print(f"\n{resident} of {len(ours)} rows resident", f"{unknown} unknown", sep=", ")
-    return 0 if resident + unknown == len(ours) else 1
+        print(f"\n{table([row for row in rows if row['target'] == target])}")
+    ours = [row for row in rows if not row["verdict"].startswith("torch: ")]
+    resident = sum(row["verdict"] == "resident" for row in ours)
+    print(f"\n{resident} of {len(ours)} kernels resident")
+    return 0 if resident == len(ours) else 1
 
 
 if __name__ == "__main__":

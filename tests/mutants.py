@@ -1,0 +1,362 @@
+"""Deliberate mistakes that the tests must notice: python tests/mutants.py [NAME ...]
+
+Each mutant is one change of one file. It is made in a copy of the tree, and the tests that should
+notice it run there; they are run first without any change, where they must pass. Prints each
+verdict and, last, the survivors. Exit status: 1 if a mutant survives.
+
+This is run by hand, some minutes for all. A mutant whose old text is not found exactly once is an
+error: adapt it to the code.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TREE = ("rnn", "kernels", "bench", "tests", "pyproject.toml", "README.md")  # what the tests need
+SECONDS = 900.0  # tests that run longer hang: the mutant is noticed
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str  # found exactly once in the file
+    new: str
+    tests: str  # the arguments of pytest that should notice
+
+
+KERNELS = "tests/test_kernels.py"
+SLICES = "tests/test_slices.py"
+TORCH = "tests/test_recurrence.py -k test_torch_backend"
+TRITON = "tests/test_recurrence.py -k test_kernels"
+GRADIENTS = "tests/test_gradients.py"
+AUTOGRAD = "tests/test_autograd.py"
+PRECISION = "tests/test_precision.py"
+
+CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
+    ("kernels/recurrence.py", KERNELS): {
+        "row-mask-forward": (
+            """rows < B)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    x_gates_offsets""",
+            """rows >= 0)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    x_gates_offsets""",
+        ),
+        "row-mask-backward": (
+            """rows < B)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+            """rows >= 0)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+        ),
+        "padding-of-x-read": (
+            "wanted = mask & active_at(i + 1, steps, backwards, lengths)",
+            "wanted = mask & active_at(i + 1, steps, backwards, None)",
+        ),
+        "packed-rows-that-do-not-exist-written": (
+            "                written = present\n",
+            "                written = mask\n",
+        ),
+        "padding-left-unwritten": (
+            """mask=written)
+        if stored_ptr""",
+            """mask=present)
+        if stored_ptr""",
+        ),
+        "32-bit-rows-forward": (
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    first_unit""",
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    first_unit""",
+        ),
+        "32-bit-rows-backward": (
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    units""",
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    units""",
+        ),
+        "d_h_gates-for-d_x_gates": (
+            "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)",
+            "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H)",
+        ),
+        "gradient-of-c-dropped": (
+            "            d_before += (d_prev[s],)\n",
+            "            d_before += (d_prev[s] * 0.0,)\n",
+        ),
+        "gradient-past-w_hh-dropped": (
+            "tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]",
+            "tl.zeros((BLOCK_S, BLOCK_B), tl.float32)",
+        ),
+        "inactive-gradient-not-handed-on": (
+            "d_state = where_active(active, d_before, d_state)",
+            "d_state = d_before",
+        ),
+        "param-gradient-of-padding": (
+            "            d_params_step = zero_where_not(active, d_params_step)\n",
+            "",
+        ),
+    },
+    ("kernels/steps.py", KERNELS): {
+        "prefetch-past-the-end": (
+            "tl.zeros((1, 1), tl.int32) + i < steps",
+            "tl.zeros((1, 1), tl.int32) + i <= steps",
+        ),
+        "offsets-past-the-end": (
+            "tl.load(offsets_ptr + place, mask=i < steps, other=0)",
+            "tl.load(offsets_ptr + place)",
+        ),
+        "32-bit-steps": (
+            "(i + backwards * (steps - 1 - 2 * i)).to(tl.int64)",
+            "i + backwards * (steps - 1 - 2 * i)",
+        ),
+        "first-state-of-a-row-not-its-own": (
+            "        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)\n",
+            "",
+        ),
+    },
+    ("kernels/exchange.py", SLICES): {
+        "no-wait": (
+            "    while (arrived < SLICES) & (polls < patience):",
+            """    arrived = SLICES + 0 * arrived
+    while (arrived < SLICES) & (polls < patience):""",
+        ),
+    },
+    ("kernels/recurrence.py", SLICES): {
+        "alive-forgotten-forward": (
+            """SLICES) & alive
+            h = gather""",
+            """SLICES)
+            h = gather""",
+        ),
+        "alive-forgotten-backward": (
+            """SLICES) & alive
+        d_h_prev""",
+            """SLICES)
+        d_h_prev""",
+        ),
+        "patience-paid-again-forward": (
+            """tl.where(alive, patience, 0), SLICES) & alive
+            h = gather""",
+            """patience, SLICES) & alive
+            h = gather""",
+        ),
+        "patience-paid-again-backward": (
+            """tl.where(alive, patience, 0), SLICES) & alive
+        d_h_prev""",
+            """patience, SLICES) & alive
+        d_h_prev""",
+        ),
+        "one-slot": (
+            """            slot_ptr = exchange_ptr + (i % 2) * exchange_size
+            tl.store(""",
+            """            slot_ptr = exchange_ptr
+            tl.store(""",
+        ),
+    },
+    ("kernels/products.py", KERNELS): {
+        "tf32-cut-off": ("    bits += tl.where(tl.abs(x) < 3.401992901712019e38, 0x1000, 0)\n", ""),
+        "tf32-swallows-nan": ("    bits = (x + 0.0).to(", "    bits = x.to("),
+    },
+    ("kernels/launch.py", KERNELS): {
+        "tf32-cut-off-in-weights": ("bits + 0x1000", "bits"),
+        "weights-not-contiguous": (
+            "    weight = weight.contiguous()\n",
+            "    weight = weight.contiguous() if weight.dtype == torch.float32 else weight\n",
+        ),
+        "saved-layout-believed": ("    output = dense(output)\n", ""),
+    },
+    ("kernels/cells.py", KERNELS): {
+        "tanh-vjp-sign": ("(1.0 - state[0] * state[0])", "(1.0 + state[0] * state[0])"),
+        "relu-vjp-sign": (
+            "tl.where(state[0] <= 0.0, 0.0, d_state[0])",
+            "tl.where(state[0] >= 0.0, 0.0, d_state[0])",
+        ),
+        "gru-vjp-sign": ("d_h * (state_prev[0] - n) * z", "d_h * (n - state_prev[0]) * z"),
+        "lstm-vjp-sign": ("d_c * g * i * (1.0 - i)", "-d_c * g * i * (1.0 - i)"),
+    },
+    ("rnn/cells.py", GRADIENTS): {
+        "tanh-vjp-sign-torch": ("(1 - state[0] * state[0])", "(1 + state[0] * state[0])"),
+        "relu-vjp-sign-torch": ("torch.where(state[0] <= 0, ", "torch.where(state[0] > 0, "),
+        "gru-vjp-sign-torch": ("d_h * (state_prev[0] - n) * z", "d_h * (n - state_prev[0]) * z"),
+        "lstm-vjp-sign-torch": ("    d_i = d_c * g", "    d_i = -d_c * g"),
+    },
+    ("rnn/in_place.py", TORCH): {
+        "tanh-vjp-sign-in-place": (
+            "torch.mul(states[0], states[0], out=d[0]).neg_().add_(1)",
+            "torch.mul(states[0], states[0], out=d[0]).add_(1)",
+        ),
+        "relu-vjp-sign-in-place": ("return [states[0] <= 0]", "return [states[0] > 0]"),
+        "gru-vjp-sign-in-place": (
+            "torch.sub(prev[0], n, out=d_z)",
+            "torch.sub(n, prev[0], out=d_z)",
+        ),
+        "lstm-vjp-sign-in-place": (
+            "torch.mul(g, i, out=d_i).mul_(1 - i)",
+            "torch.mul(g, i, out=d_i).mul_(i - 1)",
+        ),
+        "gradient-of-c-dropped-torch": ("    d_c.mul_(f)\n", "    d_c.mul_(0)\n"),
+        "gradient-past-w_hh-dropped-torch": ("        past=True,\n", ""),
+    },
+    ("rnn/engines.py", TORCH): {
+        "d_h_gates-for-d_x_gates-torch": (
+            "result.d_x_gates.append(d_x_gates)",
+            "result.d_x_gates.append(d_h_gates)",
+        ),
+    },
+    ("rnn/torch_path.py", TORCH): {
+        "last-gradient-of-ended-rows-dropped": (
+            "d_h_steps[t][begun:].add_(d_state0[0][begun:n])",
+            "d_h_steps[t][begun:].add_(0)",
+        ),
+        "rows-begin-with-zero": (
+            "torch.cat((s[:rows], s0[rows:n]))",
+            "torch.cat((s[:rows], s0[rows:n] * 0))",
+        ),
+        "first-state-in-the-weight-gradient-torch": (
+            "parts += (step, first[fewer:n])",
+            "parts += (step, first[fewer:n] * 0)",
+        ),
+    },
+    ("rnn/engines.py", TRITON): {
+        "first-state-in-the-weight-gradient": (
+            """        if backwards:
+            last =""",
+            """        if False:
+            last =""",
+        ),
+    },
+    ("rnn/torch_path.py", "tests/test_precision.py -k large"): {
+        "float64-packed": ("        and weight.dtype == torch.float32\n", ""),
+    },
+    ("rnn/functional.py", AUTOGRAD): {
+        "lengths-not-copied": (
+            "    return lengths.detach().to(device, non_blocking=True, copy=True).clamp_(0, T)",
+            "    return lengths.to(device)",
+        ),
+    },
+    ("rnn/autograd.py", AUTOGRAD): {
+        "biases-share-a-gradient": (
+            "found.d_h_gates[d].sum(0) if mine[3] else None",
+            "found.d_h_gates[d].sum(0) if cell.split else d_weights[-1]",
+        ),
+    },
+    ("rnn/engines.py", AUTOGRAD): {
+        "padding-in-the-weight-gradient": (
+            "x = torch.where(time_major(self.spec, active), x, torch.zeros_like(x))",
+            "x = x",
+        ),
+        "output-not-copied": (
+            "return parts[0].clone() if copy else own(parts[0])",
+            "return own(parts[0])",
+        ),
+    },
+    ("rnn/autograd.py", PRECISION): {
+        "backward-inside-autocast": (
+            """        needs = ctx.needs_input_grad
+        with without_autocast(x.device):""",
+            """        needs = ctx.needs_input_grad
+        with nullcontext():""",
+        ),
+        "no-second-derivative-of-large-layers": (
+            "            torch.is_grad_enabled()  # create_graph",
+            "            torch.is_grad_enabled() and tensors[0].size(-1) < 512  # create_graph",
+        ),
+    },
+    ("rnn/autograd.py", GRADIENTS): {
+        "no-second-derivative": (
+            "            torch.is_grad_enabled()  # create_graph",
+            "            False  # create_graph",
+        ),
+    },
+    ("rnn/recurrent.py", "tests/test_explain.py"): {
+        "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
+    },
+}
+MUTANTS = [
+    Mutant(name, file, *texts, tests)
+    for (file, tests), changes in CHANGES.items()
+    for name, texts in changes.items()
+]
+
+
+def copy_tree(folder: Path) -> None:
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
+
+
+def failure(tests: str, mutant: Mutant | None = None) -> str:
+    """Run the tests in a copy of the tree; what failed there, or "" where all passed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_tree(folder)
+        if mutant:
+            file = folder / mutant.file
+            file.write_text(file.read_text().replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(
+                [*command, *shlex.split(tests)],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return f"longer than {SECONDS:.0f} s"
+    failed = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    if done.returncode == 0 or (done.returncode == 1 and failed):
+        return failed[0] if failed else ""
+    # A signal may be a mutant's doing; whatever else pytest returns says that it tested nothing.
+    if done.returncode < 0 and mutant:
+        return f"signal {-done.returncode}"
+    raise RuntimeError(f"{' '.join(command)} {tests}\n{done.stdout}{done.stderr}")
+
+
+def check_texts(mutants: list[Mutant]) -> list[str]:
+    counts = {m.name: (ROOT / m.file).read_text().count(m.old) for m in mutants}
+    return [f"{name}: its old text occurs {n} times" for name, n in counts.items() if n != 1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [m.name for m in MUTANTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(names):
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTANTS if not args.names or m.name in args.names]
+    if wrong := check_texts(chosen):
+        parser.error("; ".join(wrong))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        selections = list(dict.fromkeys(m.tests for m in chosen))
+        for tests, failed in zip(selections, pool.map(failure, selections)):
+            if failed:
+                parser.error(f"these tests fail without any change: {tests}: {failed}")
+        survivors = []
+        for mutant, failed in zip(chosen, pool.map(lambda m: failure(m.tests, m), chosen)):
+            print(f"{mutant.name:40} {failed or 'SURVIVES'}", flush=True)
+            survivors += [mutant.name] * (not failed)
+    print(f"{len(survivors)} of {len(chosen)} survive: {', '.join(survivors) or 'none'}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
