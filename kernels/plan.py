@@ -180,20 +180,22 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     if (sliced and not limits.cooperative) or slices * layer.directions > limits.sms:
         return None
     unit = limits.matrix_unit
+    # Where a row of H units is no whole number of vectors, each element takes a register and an
+    # access of its own.
+    ragged = H * itemsize % VECTOR != 0
     # Four gates that lie one below the other make one tall product of four low ones, so that each
     # warp has rows of W_hh of its own. Of three, a quarter would be empty: only where each product
-    # would be too low for more than one warp.
+    # would be too low for more than one warp. The epilogue of tcgen05 has no room for ragged ones.
     stacked = sliced and block_s <= {3: 16, 4: 64}.get(gates, 0)
+    stacked = stacked and not (unit == "tcgen05" and ragged)
     tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
     mma = unit in ("mma", "mfma") or tall < 64
-    # Where a row of H units is no whole number of vectors, each element takes a register and an
-    # access of its own. With the fragments of W_hh that mma holds, 16 batch rows would not fit,
+    # With the fragments of W_hh that mma holds, 16 ragged batch rows would not fit in the registers,
     # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
-    ragged = H * itemsize % VECTOR != 0
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
     refusals = (
-        rows < 16 and unit in ("tcgen05", "mfma"),
+        rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
         rows < 16 and padded(H) < 128 and layer.parts == 1 and not (crowded and mma),
         # Wider tiles need fewer launches, where blocks wait for each other and so must all be
         # resident; they leave registers enough where wgmma reads a short h from shared memory.
