@@ -206,7 +206,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
         sliced and gates > 1 and H > 1152,  # leaves the forward pass too few registers
         # tcgen05's epilogue leaves no registers for so many single accesses.
-        unit == "tcgen05" and ragged and H > 128 and not mma,
+        unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
     num_warps = warps(layer, unit, block_s, sliced, stacked, ragged)
     # The backward pass gathers all gates of all units, and there are other tiles to be held.
@@ -270,7 +270,8 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
     if unit == "tcgen05" and block_s >= 64:
         return 8
     if unit == "wgmma":
-        return min(16, max(4, block_s // (32 if ragged and layer.gates == 1 else 16)))
+        units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
+        return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))
 
 

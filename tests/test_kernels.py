@@ -361,6 +361,34 @@ def test_every_nan_stays_one(cell, place, bits, tf32):
     assert want["output"].isnan().any() and state_n[0].isnan().any()
 
 
+def test_relu_passes_the_gradient_of_a_nan():
+    """As PyTorch does: its slope is 0 up to 0, and 1 elsewhere."""
+    case = Case("rnn_relu", T=1, B=2, H=16)
+    p = problem(case).to(torch.float32)
+    p.x_gates[0, 0, 3] = float("nan")
+    want = by_equation(case, p)["d_x_gates"]
+    p = p.to(torch.float32, DEVICE)
+    got = run(case, p, planned(case, torch.float32))["d_x_gates"].cpu()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert want[0, 0, 3] != 0
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_gradient_of_a_row_without_steps_reaches_no_other(cell):
+    case = Case(cell, T=3, B=4, H=5, ragged=True)
+    p = problem(case).to(torch.float32, DEVICE)
+    how = planned(case, torch.float32)
+    want = run(case, p, how)
+    for d in p.d_state_n:
+        d[:, 0] = float("nan")  # of row 0, which has no steps
+    got = run(case, p, how)
+    for name, x in want.items():
+        if name.startswith("d_state0"):
+            assert got[name][:, 0].isnan().all() and torch.equal(got[name][:, 1:], x[:, 1:])
+        else:
+            assert torch.equal(got[name], x), name
+
+
 @pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
 @pytest.mark.parametrize("place", ["state0", "weight_hh"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
@@ -452,7 +480,7 @@ def test_relative_accuracy_at_every_magnitude(name):
 # Places far away
 
 
-def test_offsets_are_64_bits_wide():
+def test_offsets_are_64_bits_wide(checked):
     """More than 2^31 elements from step to step, or row to row, of a tensor mostly nowhere."""
     if DEVICE == "cuda":
         pytest.skip("needs memory that is not there until it is written")
