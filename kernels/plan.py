@@ -191,7 +191,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
     mma = unit in ("mma", "mfma") or tall < 64
-    # With the fragments of W_hh that mma holds, 16 ragged batch rows would not fit in the registers,
+    # With the fragments of W_hh that mma holds, 16 ragged batch rows would not fit in registers,
     # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
     refusals = (

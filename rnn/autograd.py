@@ -161,8 +161,10 @@ def backward_of_plain(
     else:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views, so that a tensor that goes in twice has two gradients.
+            # Views, so that a tensor that goes in twice has two gradients. What torch.func.vjp
+            # differentiated no longer asks for a gradient once its function has returned.
             at = [t.view_as(t) for t in at]
+            at = [t if t.requires_grad else t.detach().requires_grad_() for t in at]
             found = torch.autograd.grad(
                 layer(*at), at, d_given, create_graph=create_graph, allow_unused=True
             )

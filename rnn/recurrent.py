@@ -165,7 +165,8 @@ class Recurrent(torch.nn.RNNBase):
         in_pytorch = self.why_pytorchs_operator(p)
         output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
-        if in_pytorch and self.mode == "LSTM" and output.requires_grad:
+        traced = torch._C._get_tracing_state() is not None  # the same graph with and without grad
+        if in_pytorch and self.mode == "LSTM" and output.requires_grad and not traced:
             # oneDNN keeps its output for the backward pass: the caller may change this one.
             output = output.clone()
         if p.packed is not None:
