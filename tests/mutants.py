@@ -32,7 +32,10 @@ class Mutant(NamedTuple):
     tests: str  # the arguments of pytest that should notice
 
 
-KERNELS = "tests/test_kernels.py"
+LOOPS = "tests/test_kernels.py -k 'each_cell or packed or padding'"
+FAR = "tests/test_kernels.py -k 64_bits"
+TF32 = "tests/test_kernels.py -k 'tf32 or rounding or nan'"
+LAYOUTS = "tests/test_kernels.py -k 'one_piece or layout'"
 SLICES = "tests/test_slices.py"
 TORCH = "tests/test_recurrence.py -k test_torch_backend"
 TRITON = "tests/test_recurrence.py -k test_kernels"
@@ -41,7 +44,7 @@ AUTOGRAD = "tests/test_autograd.py"
 PRECISION = "tests/test_precision.py"
 
 CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
-    ("kernels/recurrence.py", KERNELS): {
+    ("kernels/recurrence.py", LOOPS): {
         "row-mask-forward": (
             """rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
@@ -72,18 +75,6 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             """mask=present)
         if stored_ptr""",
         ),
-        "32-bit-rows-forward": (
-            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
-    first_unit""",
-            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
-    first_unit""",
-        ),
-        "32-bit-rows-backward": (
-            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
-    units""",
-            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
-    units""",
-        ),
         "d_h_gates-for-d_x_gates": (
             "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)",
             "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H)",
@@ -105,7 +96,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "",
         ),
     },
-    ("kernels/steps.py", KERNELS): {
+    ("kernels/steps.py", LOOPS): {
         "prefetch-past-the-end": (
             "tl.zeros((1, 1), tl.int32) + i < steps",
             "tl.zeros((1, 1), tl.int32) + i <= steps",
@@ -114,13 +105,29 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "tl.load(offsets_ptr + place, mask=i < steps, other=0)",
             "tl.load(offsets_ptr + place)",
         ),
-        "32-bit-steps": (
-            "(i + backwards * (steps - 1 - 2 * i)).to(tl.int64)",
-            "i + backwards * (steps - 1 - 2 * i)",
-        ),
         "first-state-of-a-row-not-its-own": (
             "        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)\n",
             "",
+        ),
+    },
+    ("kernels/recurrence.py", FAR): {
+        "32-bit-rows-forward": (
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    first_unit""",
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    first_unit""",
+        ),
+        "32-bit-rows-backward": (
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
+    units""",
+            """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    units""",
+        ),
+    },
+    ("kernels/steps.py", FAR): {
+        "32-bit-steps": (
+            "(i + backwards * (steps - 1 - 2 * i)).to(tl.int64)",
+            "i + backwards * (steps - 1 - 2 * i)",
         ),
     },
     ("kernels/exchange.py", SLICES): {
@@ -162,19 +169,21 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             tl.store(""",
         ),
     },
-    ("kernels/products.py", KERNELS): {
+    ("kernels/products.py", TF32): {
         "tf32-cut-off": ("    bits += tl.where(tl.abs(x) < 3.401992901712019e38, 0x1000, 0)\n", ""),
         "tf32-swallows-nan": ("    bits = (x + 0.0).to(", "    bits = x.to("),
     },
-    ("kernels/launch.py", KERNELS): {
+    ("kernels/launch.py", TF32): {
         "tf32-cut-off-in-weights": ("bits + 0x1000", "bits"),
+    },
+    ("kernels/launch.py", LAYOUTS): {
         "weights-not-contiguous": (
             "    weight = weight.contiguous()\n",
             "    weight = weight.contiguous() if weight.dtype == torch.float32 else weight\n",
         ),
         "saved-layout-believed": ("    output = dense(output)\n", ""),
     },
-    ("kernels/cells.py", KERNELS): {
+    ("kernels/cells.py", LOOPS): {
         "tanh-vjp-sign": ("(1.0 - state[0] * state[0])", "(1.0 + state[0] * state[0])"),
         "relu-vjp-sign": (
             "tl.where(state[0] <= 0.0, 0.0, d_state[0])",
