@@ -100,7 +100,8 @@ class Recurrence(torch.autograd.Function):
         kept = outputs[1 + CELLS[call.spec.cell].states :]
         ctx.mark_non_differentiable(*kept)
         if isinstance(call.plan, Plan):
-            kept = (outputs[0], *kept)
+            # Detached, so that what a hook keeps of it does not keep this graph alive.
+            kept = (outputs[0].detach(), *kept)
         ctx.call, ctx.inputs = call, len(tensors)
         ctx.save_for_backward(x, lengths, *tensors, *kept)
         ctx.set_materialize_grads(False)

@@ -17,6 +17,7 @@ from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
 from .layer import Spec
 from .rows import Rows
+from .torch_path import can_pack
 
 
 class Mode(NamedTuple):
@@ -298,20 +299,20 @@ class Recurrent(torch.nn.RNNBase):
         return why
 
     def _why_operator_is_faster(self, p: Prepared) -> str:
-        """Where PyTorch's own operator was measured faster on a CPU, in float32 (2 cores, AMD EPYC,
-        PyTorch 2.13, medians of calls in turns; bench/README.md says how to repeat it)."""
-        x, H = p.x, self.hidden_size
+        """Where PyTorch's own operator was measured faster on a CPU, in float32: 2 cores of an Intel
+        Xeon, PyTorch 2.13, medians of calls in turns, as `python -m bench` takes them."""
+        x = p.x
         if x.device.type != "cpu" or x.dtype != torch.float32 or compute_dtype(x) != x.dtype:
             return ""
         differentiated = (x, *(p.state0 or ()), *self._weights)
         if needs_plain_operations(self.cell, NoPlan(""), differentiated):
             return ""
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
-        packs = H >= 512 and p.batch >= 4  # our products do, and PyTorch's do not
         if self.mode == "LSTM" and torch.backends.mkldnn.is_available():
-            # oneDNN runs all steps in one call: 1.3 to 2.2 times as fast as ours up to H = 512.
-            return "" if H >= 1024 and p.batch >= 4 else "oneDNN's LSTM is faster on a CPU"
-        if not trained and not packs:  # 1.1 to 3 times, the most where there is little work
+            # oneDNN runs all steps in one call: 1.1 (H = 1024) to 2.2 times as fast as ours.
+            return "oneDNN's LSTM is faster on a CPU"
+        if not trained and not can_pack(self._weights[1], p.batch):
+            # 1.1 to 3 times, the most where there is little work
             return "faster on a CPU where no gradient is wanted"
         if trained and x.size(1 if p.batch_first else 0) < 16:  # 1.1 to 2.5 times
             return "faster on a CPU in training on fewer than 16 steps"

@@ -74,7 +74,7 @@ def test_batch_first_is_asked_about_its_batch(cell):
 @each_cell
 @pytest.mark.parametrize("backend", [BACKENDS[2]])
 def test_shows_the_plan(cell, backend):
-    _, ours = twins(cell, I, 100, backend=backend, bidirectional=True)
+    _, ours = twins(cell, I, 40, backend=backend, bidirectional=True)
     text = rnn.explain(ours, X)
     assert text.startswith("layer 0: triton: W_hh stays in the SRAM")
     assert "2 direction(s)" in text

@@ -25,7 +25,6 @@ RUNS: list[Any] = [
     ("triton", torch.float32),
 ]
 BACKENDS: list[Any] = ["torch", "auto", "triton"]
-RUNS[3] = BACKENDS[2] = pytest.param("triton", marks=pytest.mark.skip(reason="kernels: later"))
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r[0]}-{str(r[1])[6:]}")
