@@ -299,8 +299,11 @@ class Recurrent(torch.nn.RNNBase):
         return why
 
     def _why_operator_is_faster(self, p: Prepared) -> str:
-        """Where PyTorch's own operator was measured faster on a CPU, in float32: 2 cores of an Intel
-        Xeon, PyTorch 2.13, medians of calls in turns, as `python -m bench` takes them."""
+        """Where PyTorch's own operator was measured faster on a CPU, in float32.
+
+        On 2 cores of an Intel Xeon, with PyTorch 2.13; medians of calls in turns, as
+        `python -m bench` takes them.
+        """
         x = p.x
         if x.device.type != "cpu" or x.dtype != torch.float32 or compute_dtype(x) != x.dtype:
             return ""
