@@ -185,9 +185,9 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     ragged = H * itemsize % VECTOR != 0
     # Four gates that lie one below the other make one tall product of four low ones, so that each
     # warp has rows of W_hh of its own. Of three, a quarter would be empty: only where each product
-    # would be too low for more than one warp. The epilogue of tcgen05 has no room for ragged ones.
+    # would be too low for more than one warp. tcgen05 has no room for ragged rows or two parts.
     stacked = sliced and block_s <= {3: 16, 4: 64}.get(gates, 0)
-    stacked = stacked and not (unit == "tcgen05" and ragged)
+    stacked = stacked and not (unit == "tcgen05" and (ragged or layer.parts == 2))
     tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
     mma = unit in ("mma", "mfma") or tall < 64
