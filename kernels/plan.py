@@ -185,9 +185,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     ragged = H * itemsize % VECTOR != 0
     # Four gates that lie one below the other make one tall product of four low ones, so that each
     # warp has rows of W_hh of its own. Of three, a quarter would be empty: only where each product
-    # would be too low for more than one warp. tcgen05 has no room for ragged rows or two parts.
-    stacked = sliced and block_s <= {3: 16, 4: 64}.get(gates, 0)
-    stacked = stacked and not (unit == "tcgen05" and (ragged or layer.parts == 2))
+    # would be too low for more than one warp. tcgen05 leaves too few registers for it.
+    stacked = sliced and unit != "tcgen05" and block_s <= {3: 16, 4: 64}.get(gates, 0)
     tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
     mma = unit in ("mma", "mfma") or tall < 64
@@ -204,7 +203,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         rows > 8 and crowded and mma and unit != "mfma",
         sliced and crowded and block_s > 32,
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
-        sliced and gates > 1 and H > 1152,  # leaves the forward pass too few registers
+        # Beyond, a pass has too few registers.
+        sliced and gates > 1 and H > (1152 if layer.parts == 1 else 480),
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
