@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -69,4 +70,8 @@ def main_of_process() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_of_process())
+    STATUS = main_of_process()
+    # All is said and saved. Python's own end would give SIGINT back its default, so that one more
+    # Ctrl-C there would replace the status.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(STATUS)
