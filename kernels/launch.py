@@ -30,7 +30,10 @@ def compiled(what: str, plan: Plan) -> Iterator[None]:
     """Raise KernelUnavailable where this Triton or this device cannot take the planned kernel."""
     try:
         yield
-    except (CompilationError, OutOfResources, PTXASError) as error:
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        # Of RuntimeErrors, the compiler's own alone: others are the device's.
+        if isinstance(error, RuntimeError) and "PassManager::run failed" not in str(error):
+            raise
         raise KernelUnavailable(
             f"Triton {triton.__version__} has no kernel for the {what} ({plan}): "
             f"{type(error).__name__}: {error}"

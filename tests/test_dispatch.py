@@ -48,3 +48,19 @@ def test_where_the_kernels_were_asked_for_it_raises(pass_name, kernels_by_auto, 
     monkeypatch.setattr(dispatch.kernels, pass_name, fail)
     with pytest.raises(KernelUnavailable, match="the compiler says no"):
         run(CASE, problem(CASE).to(torch.float32), "triton")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("PassManager::run failed"), KernelUnavailable),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError),
+    ],
+    ids=["compiler", "device", "memory"],
+)
+def test_an_error_of_the_compiler_alone_makes_a_kernel_unavailable(raised, expected):
+    plan = dispatch.choose("triton", CELLS["gru"], 5, 2, 1, torch.float32, torch.device("cpu"))
+    with pytest.raises(expected) as caught, dispatch.kernels.compiled("forward pass", plan):
+        raise raised
+    assert type(caught.value) is expected
