@@ -207,7 +207,6 @@ def backward(
         found = backward_in_triton(
             call.plan,
             spec,
-            x,
             lengths,
             tensors,
             kept,

@@ -199,24 +199,21 @@ def backward_in_torch(
 # The fused kernels.
 
 
+def in_steps_of(spec: Spec, x: Tensor) -> Tensor:
+    """(T, B, F), or the packed rows as they are."""
+    return x if spec.sizes is not None else time_major(spec, x)
+
+
 def inputs_of(
-    spec: Spec, x: Tensor, lengths: Tensor | None, state0: Tensors, weights: Weights
+    spec: Spec, steps: Tensor, lengths: Tensor | None, state0: Tensors, weights: Weights
 ) -> Inputs:
-    """What the kernels read, x_gates included."""
+    """What the kernels read; `steps` are x_gates, or what lies in memory as they do."""
     offsets = None
     if spec.sizes is not None:
-        lengths = lengths_of(spec.sizes, x.device)
-        offsets = offsets_of(spec.sizes, x.device)
-    x_gates = weights.x_gates(CELLS[spec.cell], x)
-    return Inputs(
-        x_gates if offsets is not None else time_major(spec, x_gates),
-        state0,
-        torch.stack(weights.weight_hh),
-        weights.stacked_params(),
-        lengths,
-        offsets,
-        spec.reverse,
-    )
+        lengths = lengths_of(spec.sizes, steps.device)
+        offsets = offsets_of(spec.sizes, steps.device)
+    weight_hh, params = torch.stack(weights.weight_hh), weights.stacked_params()
+    return Inputs(steps, state0, weight_hh, params, lengths, offsets, spec.reverse)
 
 
 def own(x: Tensor) -> Tensor:
@@ -229,8 +226,10 @@ def forward_in_triton(
 ) -> tuple[Tensor, Tensors, Tensors]:
     """output, last states and, if `save`, what backward_in_triton takes beside the output."""
     state0, weights = split(spec, tensors)
-    inputs = inputs_of(spec, x, lengths, state0, weights)
-    output, state_n, stored = kernels.forward(plan, CELLS[spec.cell], inputs, save)
+    cell = CELLS[spec.cell]
+    x_gates = in_steps_of(spec, weights.x_gates(cell, x))
+    inputs = inputs_of(spec, x_gates, lengths, state0, weights)
+    output, state_n, stored = kernels.forward(plan, cell, inputs, save)
     if spec.batch_first:
         output = own(output.transpose(0, 1))
     if not spec.stacked:
@@ -241,7 +240,6 @@ def forward_in_triton(
 def backward_in_triton(
     plan: Plan,
     spec: Spec,
-    x: Tensor,
     lengths: Tensor | None,
     tensors: Tensors,
     kept: Tensors,  # output, and what the cell stores beside it
@@ -254,20 +252,11 @@ def backward_in_triton(
     state0, weights = split(spec, tensors)
     D, _, H = state0[0].shape
     sizes = spec.sizes
-    packed = sizes is not None
     output, stored = kept if cell.stored else (kept[0], None)
-    steps = output if packed else time_major(spec, output)
-    inputs = Inputs(
-        steps,
-        state0,
-        torch.stack(weights.weight_hh),
-        weights.stacked_params(),
-        lengths if sizes is None else lengths_of(sizes, x.device),
-        None if sizes is None else offsets_of(sizes, x.device),
-        spec.reverse,
-    )
-    if d_output is not None and not packed:
-        d_output = time_major(spec, d_output)
+    steps = in_steps_of(spec, output)
+    inputs = inputs_of(spec, steps, lengths, state0, weights)
+    if d_output is not None:
+        d_output = in_steps_of(spec, d_output)
     d_x_gates, d_h_gates, d_state0, _ = kernels.backward(
         plan, cell, inputs, steps, stored, d_output, d_last, need_d_gates, need_d_state0, False
     )
