@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from . import dispatch
 from .cells import CELLS
@@ -20,7 +18,6 @@ from .engines import (
     forward_in_torch,
     forward_in_triton,
 )
-from .in_place import IN_PLACE
 from .kernels.plan import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, plain
 
@@ -44,33 +41,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def autocast_enabled(device_type: str) -> bool:
     """torch.is_autocast_enabled, for devices too that have no autocast (meta)."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def values_are_hidden(tensors: Sequence[Any]) -> bool:
-    """Whether values must not be looked at: under a tracer of graphs or a transform of torch.func
-    other than grad, or where tensors hold no data."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._are_functorch_transforms_active() and under_other_transforms_than_grad():
-        return True
-    return any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
-
-
-def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
-    """Whether every operation must be seen: where values are hidden, and in forward mode. Or the
-    cell has no form in place."""
-    if values_are_hidden(tensors):
-        return True
-    if forward_ad._current_level >= 0 and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        return True
-    return isinstance(plan, NoPlan) and cell not in IN_PLACE
-
-
-def under_other_transforms_than_grad() -> bool:
-    grad = torch._C._functorch.TransformType.Grad
-    return any(i.key() != grad for i in torch._C._functorch.get_interpreter_stack() or ())
 
 
 class Recurrence(torch.autograd.Function):
@@ -97,19 +67,29 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
         call, x, lengths, *tensors = inputs
-        kept = outputs[1 + CELLS[call.spec.cell].states :]
+        if not call.save:
+            return
+        S = CELLS[call.spec.cell].states
+        kept = outputs[1 + S :]
         ctx.mark_non_differentiable(*kept)
         if isinstance(call.plan, Plan):
             # Detached, so that what a hook keeps of it does not keep this graph alive.
             kept = (outputs[0].detach(), *kept)
         ctx.call, ctx.inputs = call, len(tensors)
-        ctx.save_for_backward(x, lengths, *tensors, *kept)
+        # The gradient of W_ih reads x. Where none is wanted a second derivative alone does: x may
+        # be changed in place before a first one, and its version says whether it was.
+        weights = tensors[S :: len(tensors[S:]) // call.spec.directions]
+        read = call.spec.input_product and any(w.requires_grad for w in weights)
+        read = read or torch._C._are_functorch_transforms_active()
+        ctx.x, ctx.version = (None, None) if read else (x, x._version)
+        ctx.save_for_backward(x if read else None, lengths, *tensors, *kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple:
         call: Call = ctx.call
         x, lengths, *rest = ctx.saved_tensors
+        x = ctx.x if x is None else x
         tensors, kept = tuple(rest[: ctx.inputs]), tuple(rest[ctx.inputs :])
         states = CELLS[call.spec.cell].states
         d_output, d_last = d_outputs[0], d_outputs[1 : 1 + states]
@@ -130,6 +110,12 @@ class Recurrence(torch.autograd.Function):
                         raise
                     assert isinstance(call.plan, Plan)
                     dispatch.give_up(call.plan, error)
+            if ctx.x is not None and x._version != ctx.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation: the input of a recurrent layer, which a second derivative "
+                    f"reads, is at version {x._version}; expected version {ctx.version} instead"
+                )
             return None, *backward_of_plain(
                 call.spec, x, lengths, tensors, needs, d_outputs[: 1 + states]
             )
@@ -248,42 +234,3 @@ def backward(
             d_weights.append(found.d_weight_hh[d] if mine[0] else None)
             d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]
     return d_x, None, *d_state0, *d_weights
-
-
-def run(
-    spec: Spec, backend: str, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A layer on tensors that were checked before: output and the last states."""
-    cell, S = CELLS[spec.cell], CELLS[spec.cell].states
-    hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
-    plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
-    if needs_plain_operations(spec.cell, plan, (x, *tensors)):
-        if backend == "triton":
-            raise RuntimeError(
-                'backend="triton" cannot run under vmap, forward-mode derivatives, tracing or on '
-                'tensors without data: PyTorch\'s own operations can (backend="auto")'
-            )
-        output, *state_n = plain(spec, x, lengths, *tensors)
-        return output, tuple(state_n)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    call = Call(spec, plan, save, strict=backend == "triton")
-    try:
-        return _apply(call, S, x, lengths, tensors)
-    except KernelUnavailable as error:
-        if call.strict:
-            raise
-        assert isinstance(plan, Plan)
-        call = call._replace(plan=dispatch.give_up(plan, error))
-        return _apply(call, S, x, lengths, tensors)
-
-
-def _apply(
-    call: Call, states: int, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    # apply as C++ has it: Python's binds the signature anew at each call, some 50 us, in which a
-    # CPU takes several steps of a small layer. torch.func has need of Python's.
-    if torch._C._are_functorch_transforms_active():
-        results = Recurrence.apply(call, x, lengths, *tensors)
-    else:
-        results = super(torch.autograd.Function, Recurrence).apply(call, x, lengths, *tensors)
-    return results[0], tuple(results[1 : 1 + states])

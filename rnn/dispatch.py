@@ -69,6 +69,11 @@ def give_up(failed: Plan, why: Exception) -> NoPlan:
     return _unavailable[failed]
 
 
+def given_up(plan: Plan | NoPlan) -> bool:
+    """Whether `choose` returned this plan in place of one whose kernels cannot be had."""
+    return any(plan is reason for reason in _unavailable.values())
+
+
 def _limits(backend: str, dtype: torch.dtype, device: torch.device) -> Limits | NoPlan:
     if kernels is None:
         return NoPlan("triton is not installed")

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import run, values_are_hidden
 from .cells import CELLS
 from .dispatch import BACKENDS, Backend
 from .layer import Spec
+from .run import run, values_are_hidden
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -36,7 +36,7 @@ def own_lengths(lengths: Tensor | None, T: int, device: torch.device) -> Tensor 
     passes, through NumPy say, changes no gradient."""
     if lengths is None:
         return None
-    return lengths.detach().to(device, non_blocking=True, copy=True).clamp_(0, T)
+    return lengths.detach().to(device, non_blocking=True).clamp(0, T)
 
 
 def recurrence(

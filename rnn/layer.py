@@ -22,6 +22,7 @@ class Spec(NamedTuple):
     input_product: bool = True  # False: x is x_gates
     bias: bool = True
     stacked: bool = True  # states are (D, B, H); False, of one direction: (B, H)
+    projected: bool = False  # h is projected, for which PyTorch's own operator alone has weights
 
 
 class Weights(NamedTuple):

@@ -1,8 +1,7 @@
 """What RNN, GRU and LSTM share: layers, directions, dropout, packed sequences, checks."""
 
-import sys
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,33 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import autocast_enabled, needs_plain_operations, run
+from .autograd import autocast_enabled
 from .cells import CELLS
 from .dispatch import BACKENDS
 from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
 from .layer import Spec
-from .rows import Rows
-from .torch_path import can_pack
+from .operators import Stack, run_stack, why_faster
+from .run import needs_plain_operations, run
 
 
 class Mode(NamedTuple):
-    """What torch.nn calls a cell, its own operator for it, and its own module."""
+    """What torch.nn calls a cell, and its own module for it."""
 
     cell: str
-    operator: Callable[..., Any]
     twin: Callable[..., torch.nn.RNNBase]
 
 
 MODES = {
-    "RNN_TANH": Mode("rnn_tanh", torch._VF.rnn_tanh, torch.nn.RNN),
-    "RNN_RELU": Mode(
-        "rnn_relu",
-        torch._VF.rnn_relu,
-        partial(torch.nn.RNN, nonlinearity="relu"),
-    ),
-    "GRU": Mode("gru", torch._VF.gru, torch.nn.GRU),
-    "LSTM": Mode("lstm", torch._VF.lstm, torch.nn.LSTM),
+    "RNN_TANH": Mode("rnn_tanh", torch.nn.RNN),
+    "RNN_RELU": Mode("rnn_relu", partial(torch.nn.RNN, nonlinearity="relu")),
+    "GRU": Mode("gru", torch.nn.GRU),
+    "LSTM": Mode("lstm", torch.nn.LSTM),
 }
 
 
@@ -46,21 +40,6 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     if input.dtype != torch.float64 and autocast_enabled(input.device.type):
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
-
-
-def skipped_by_compile(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile leaves the call alone, as it leaves torch.nn's modules: traced, the loop over
-    time would be compiled anew for each length. torch._dynamo, which takes a second to import, is
-    asked only where something else has imported it."""
-    uncompiled = torch._disable_dynamo(forward)
-
-    @wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        run = uncompiled if "torch._dynamo" in sys.modules else forward
-        return run(*args, **kwargs)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call
 
 
 def _said(hx: Any) -> str:
@@ -80,6 +59,24 @@ class Prepared(NamedTuple):
     lengths: Tensor | None
     packed: PackedSequence | None
     unbatched: bool = False
+
+
+def exported_with_fixed_steps(p: Prepared) -> bool:
+    """Whether torch.export is tracing a call whose number of steps is no symbol."""
+    if not torch.compiler.is_exporting():
+        return False
+    # It imports sympy, so it is asked where torch.export has done so.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return p.packed is not None or has_static_value(p.x.size(1 if p.batch_first else 0))
+
+
+def has_own_operators(weight: Tensor) -> bool:
+    """Whether the class of a tensor says by itself what torch's functions do with it."""
+    own: Any = type(weight).__torch_function__
+    return own is not torch._C._disabled_torch_function_impl and (
+        getattr(own, "__func__", own) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    )
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -104,7 +101,14 @@ class Recurrent(torch.nn.RNNBase):
 
     @property
     def _weights(self) -> list[Tensor]:
+        if torch.compiler.is_compiling():  # which cannot follow a list beside the parameters
+            return [getattr(self, name) for name in self._flat_weights_names]
         return cast(list[Tensor], self._flat_weights)
+
+    @property
+    def _state_widths(self) -> list[int]:
+        widths = [self.proj_size or self.hidden_size, self.hidden_size]
+        return widths[: CELLS[self.cell].states]
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
@@ -129,7 +133,6 @@ class Recurrent(torch.nn.RNNBase):
             setattr(twin, name, getattr(self, name))
         return twin.train(self.training)
 
-    @skipped_by_compile
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -162,8 +165,15 @@ class Recurrent(torch.nn.RNNBase):
             return input.tracer.create_proxy(
                 "call_module", path, (input,), {k: v for k, v in given.items() if v is not None}
             )
+        if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
+            return _packed_rows_run_outside_of_graphs(self, input, hx, lengths)
+        return self._forward(input, hx, lengths)
+
+    def _forward(
+        self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
+    ) -> tuple[Any, Any]:
         p = self._prepare(input, hx, lengths)
-        in_pytorch = self.why_pytorchs_operator(p)
+        in_pytorch = self.why_pytorchs_operator(p) and not self._projects_in_a_graph(p)
         output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
         traced = torch._C._get_tracing_state() is not None  # the same graph with and without grad
@@ -184,7 +194,8 @@ class Recurrent(torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
     ) -> Prepared:
         """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
-        self._update_flat_weights()
+        if not torch.compiler.is_compiling():
+            self._update_flat_weights()
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("a PackedSequence has its own lengths; got lengths as well")
@@ -286,11 +297,11 @@ class Recurrent(torch.nn.RNNBase):
         why = ""
         if self.proj_size:
             why = "proj_size: no layer of ours has a projection"
-        elif p.lengths is None and torch.compiler.is_exporting():
+        elif p.lengths is None and exported_with_fixed_steps(p):
             why = "torch.export takes the operator that other programs know"
         elif p.lengths is None and torch._C._get_tracing_state() is not None:
             why = "torch.jit.trace and ONNX know this operator"
-        elif p.lengths is None and torch.overrides.has_torch_function(tuple(self._weights)):
+        elif p.lengths is None and any(has_own_operators(w) for w in self._weights):
             why = "the weights are of a class with operators of its own (per-sample gradients)"
         elif self.backend == "auto" and p.lengths is None and p.packed is None:
             why = self._why_operator_is_faster(p)
@@ -298,40 +309,40 @@ class Recurrent(torch.nn.RNNBase):
             raise RuntimeError(f'backend="triton" cannot run here: {why}')
         return why
 
-    def _why_operator_is_faster(self, p: Prepared) -> str:
-        """Where PyTorch's own operator was measured faster on a CPU, in float32.
+    def _projects_in_a_graph(self, p: Prepared) -> bool:
+        """A graph gets our op, which runs PyTorch's operator: traced, that unrolls its steps."""
+        return (
+            self.proj_size > 0
+            and p.packed is None
+            and torch.compiler.is_compiling()
+            and not exported_with_fixed_steps(p)
+        )
 
-        On 2 cores of an Intel Xeon, with PyTorch 2.13; medians of calls in turns, as
-        `python -m bench` takes them.
-        """
+    def _why_operator_is_faster(self, p: Prepared) -> str:
+        """In a graph that is compiled each layer decides, when it runs and its steps are known."""
         x = p.x
-        if x.device.type != "cpu" or x.dtype != torch.float32 or compute_dtype(x) != x.dtype:
+        if torch.compiler.is_compiling() or compute_dtype(x) != x.dtype:
             return ""
         differentiated = (x, *(p.state0 or ()), *self._weights)
         if needs_plain_operations(self.cell, NoPlan(""), differentiated):
             return ""
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
-        if self.mode == "LSTM" and torch.backends.mkldnn.is_available():
-            # oneDNN runs all steps in one call: 1.1 (H = 1024) to 2.2 times as fast as ours.
-            return "oneDNN's LSTM is faster on a CPU"
-        if not trained and not can_pack(self._weights[1], p.batch):
-            # 1.1 to 3 times, the most where there is little work
-            return "faster on a CPU where no gradient is wanted"
-        if trained and x.size(1 if p.batch_first else 0) < 16:  # 1.1 to 2.5 times
-            return "faster on a CPU in training on fewer than 16 steps"
-        return ""
+        T = x.size(1 if p.batch_first else 0)
+        return why_faster(self.cell, self._weights[1], T, p.batch, trained)
 
     def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer by layer on this library's backends."""
-        cell, D, H = CELLS[self.cell], self.directions, self.hidden_size
+        cell, D = CELLS[self.cell], self.directions
         x, dtype = p.x, compute_dtype(p.x)
-        x = x.to(dtype)
+        x = x if x.dtype == dtype else x.to(dtype)
         sizes = None if p.packed is None else tuple(p.packed.batch_sizes.tolist())
-        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias)
+        projected = self.proj_size > 0
+        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
         last = []
         for layer in range(self.num_layers):
             if p.state0 is None:
-                state0: tuple[Tensor, ...] = (x.new_zeros(D, p.batch, H),) * cell.states
+                widths = self._state_widths
+                state0: tuple[Tensor, ...] = tuple(x.new_zeros(D, p.batch, w) for w in widths)
             else:
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
@@ -352,32 +363,24 @@ class Recurrent(torch.nn.RNNBase):
 
     def _by_operator(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers by PyTorch's own operator."""
-        x, batch_first, batch = p.x, p.batch_first, p.batch
+        state0 = p.state0 or tuple(
+            p.x.new_zeros(self.num_layers * self.directions, p.batch, width)
+            for width in self._state_widths
+        )
+        stack = Stack(
+            self.cell,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            p.batch_first,
+        )
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
-        layers, states = self.num_layers * self.directions, CELLS[self.cell].states
-        widths = [self.proj_size or self.hidden_size, self.hidden_size][:states]
-        state0 = p.state0 or tuple(x.new_zeros(layers, batch, width) for width in widths)
-        rows = None
-        if p.lengths is not None:
-            steps = x.transpose(0, 1) if batch_first else x
-            rows = Rows.of_lengths(p.lengths, steps.size(0))
-            n = rows.sizes[0] if rows.sizes else 0
-            if n == 0:
-                return x.new_zeros(*x.shape[:2], self.directions * widths[0]), state0
-            x, batch_sizes = rows.gather(steps), torch.tensor(rows.sizes, device="cpu")
-            assert rows.order is not None
-            longest = rows.order[:n]
-            state0, whole = tuple(s[:, longest] for s in state0), state0
-        given = state0[0] if states == 1 else state0
-        options = (self._flat_weights, self.bias, self.num_layers, self.dropout, self.training)
-        operator = MODES[self.mode].operator
-        if batch_sizes is None:
-            output, *state_n = operator(x, given, *options, self.bidirectional, batch_first)
-        else:
-            output, *state_n = operator(x, batch_sizes, given, *options, self.bidirectional)
-        if rows is not None:
-            padded = output.new_zeros(*steps.shape[:2], output.size(1))
-            output = rows.scatter_(output, padded)
-            output = output.transpose(0, 1) if batch_first else output
-            state_n = [s.index_copy(1, longest, e) for s, e in zip(whole, state_n)]
-        return output, tuple(state_n)
+        return run_stack(stack, p.x, batch_sizes, p.lengths, state0, self._weights)
+
+
+@torch._disable_dynamo
+def _packed_rows_run_outside_of_graphs(module: Recurrent, *args: Any) -> tuple[Any, Any]:
+    """How many rows each step of a PackedSequence has is data: a graph cannot hold it."""
+    return module._forward(*args)

@@ -1,0 +1,94 @@
+"""Which way a layer runs: as its equation, as one op of a compiled graph, or on an engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from . import dispatch, ops
+from .autograd import Call, Recurrence
+from .cells import CELLS
+from .in_place import IN_PLACE
+from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .layer import Spec, plain
+
+
+def values_are_hidden(tensors: Sequence[Any]) -> bool:
+    """Whether values must not be looked at: under a tracer of graphs or a transform of torch.func
+    other than grad, or where tensors hold no data."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._are_functorch_transforms_active() and under_other_transforms_than_grad():
+        return True
+    return any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
+
+
+def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
+    """Whether every operation must be seen: where values are hidden, and in forward mode. Or the
+    cell has no form in place."""
+    if values_are_hidden(tensors):
+        return True
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        return True
+    return isinstance(plan, NoPlan) and cell not in IN_PLACE
+
+
+def under_other_transforms_than_grad() -> bool:
+    grad = torch._C._functorch.TransformType.Grad
+    return any(i.key() != grad for i in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def can_be_op(spec: Spec) -> bool:
+    """Packed rows are Python's numbers, and a cell without a form in place is its equation."""
+    return spec.sizes is None and (spec.projected or spec.cell in IN_PLACE)
+
+
+def run(
+    spec: Spec, backend: str, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A layer on tensors that were checked before: output and the last states."""
+    cell, S = CELLS[spec.cell], CELLS[spec.cell].states
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if torch.compiler.is_compiling() and can_be_op(spec) and not transformed():
+        return ops.run_as_op(spec, backend, x, lengths, tensors, save)
+    hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
+    plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
+    if needs_plain_operations(spec.cell, plan, (x, *tensors)):
+        if backend == "triton":
+            raise RuntimeError(
+                'backend="triton" cannot run under vmap, forward-mode derivatives, tracing or on '
+                'tensors without data: PyTorch\'s own operations can (backend="auto")'
+            )
+        output, *state_n = plain(spec, x, lengths, *tensors)
+        return output, tuple(state_n)
+    call = Call(spec, plan, save, strict=backend == "triton")
+    try:
+        return _apply(call, S, x, lengths, tensors)
+    except KernelUnavailable as error:
+        if call.strict:
+            raise
+        assert isinstance(plan, Plan)
+        call = call._replace(plan=dispatch.give_up(plan, error))
+        return _apply(call, S, x, lengths, tensors)
+
+
+def _apply(
+    call: Call, states: int, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    # apply as C++ has it: Python's binds the signature anew at each call, some 50 us, in which a
+    # CPU takes several steps of a small layer. torch.func has need of Python's.
+    if torch._C._are_functorch_transforms_active():
+        results = Recurrence.apply(call, x, lengths, *tensors)
+    else:
+        results = super(torch.autograd.Function, Recurrence).apply(call, x, lengths, *tensors)
+    return results[0], tuple(results[1 : 1 + states])
