@@ -27,6 +27,7 @@ SAID = (
     "str cell, int directions, bool reverse, bool batch_first, bool input_product, bool bias, "
     "bool stacked, bool projected, str backend"
 )
+ANY = 1 << 62
 LIBRARY = torch.library.Library("fused_rnn", "DEF")
 LIBRARY.define(
     f"layer(Tensor x, Tensor[] tensors, Tensor? lengths, *, {SAID}, bool save) -> Tensor[]",
@@ -61,18 +62,19 @@ class Layer:
     def kept(self) -> int:
         """How many numbers the forward pass hands on to the backward pass, beside its output.
         It follows from the layer alone, not from the engine."""
-        if not self.save or self.spec.projected:
+        if not self.save or self.by_operator(True, steps=ANY):
             return 0
         return self.steps * self.batch * self.spec.directions * self.cell.stored * self.hidden
 
-    def by_operator(self, trained: bool) -> bool:
-        """Whether PyTorch's own operator runs it."""
+    def by_operator(self, trained: bool, steps: int | None = None) -> bool:
+        """Whether PyTorch's own operator runs it; of ANY steps: whatever their number is."""
         spec = self.spec
         if spec.projected:
             return True
         if self.backend != "auto" or self.lengths is not None or not spec.input_product:
             return False
-        return bool(why_faster(spec.cell, self.weight_hh, self.steps, self.batch, trained))
+        steps = self.steps if steps is None else steps
+        return bool(why_faster(spec.cell, self.weight_hh, steps, self.batch, trained))
 
     def plan(self) -> Plan | NoPlan:
         return dispatch.choose(
@@ -113,12 +115,13 @@ def pack(layer: Layer, kept: Tensors) -> Tensor:
         return layer.x.new_empty(0)
     if len(kept) == 1:  # the kernels': in steps, as the output
         return time_major(layer.spec, kept[0]).flatten()
-    packed = layer.x.new_empty(layer.kept())  # at padding the PyTorch path keeps nothing
+    packed = layer.x.new_empty(layer.kept())
     # Of each direction h, which is in the output, the other states, and what its cell saves.
     parts = [k for n, k in enumerate(kept) if n % (1 + layer.cell.stored)]
-    ends = list(accumulate(k.numel() for k in parts))
+    ends = list(accumulate(k.numel() for k in parts))  # of padding nothing is kept
     for k, end in zip(parts, ends):
         packed[end - k.numel() : end].view(k.shape).copy_(k)
+    packed[ends[-1] :] = 0
     return packed
 
 
@@ -173,7 +176,7 @@ def layer_impl(
     with without_autocast(x.device), torch.no_grad():
         if layer.by_operator(trained=layer.save):
             output, *state_n = layer.operator(x, layer.tensors)
-            packed = x.new_empty(layer.kept())
+            packed = x.new_zeros(layer.kept())  # for a backward pass that will not read it
         else:
             plan = layer.plan()
             try:

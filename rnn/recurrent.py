@@ -71,12 +71,15 @@ def exported_with_fixed_steps(p: Prepared) -> bool:
     return p.packed is not None or has_static_value(p.x.size(1 if p.batch_first else 0))
 
 
-def has_own_operators(weight: Tensor) -> bool:
-    """Whether the class of a tensor says by itself what torch's functions do with it."""
-    own: Any = type(weight).__torch_function__
-    return own is not torch._C._disabled_torch_function_impl and (
-        getattr(own, "__func__", own) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
-    )
+def have_own_operators(tensors: tuple[Any, ...]) -> bool:
+    """Whether the class of one says by itself what torch's functions do with it."""
+    if not torch.overrides.has_torch_function(tensors):
+        return False
+    if torch.compiler.is_compiling():  # under a mode of the tracer's, everything has
+        return False
+    common: Any = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+    owns: list[Any] = [type(t).__torch_function__ for t in tensors]
+    return any(getattr(own, "__func__", own) not in (common[0].__func__, common[1]) for own in owns)
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -301,8 +304,8 @@ class Recurrent(torch.nn.RNNBase):
             why = "torch.export takes the operator that other programs know"
         elif p.lengths is None and torch._C._get_tracing_state() is not None:
             why = "torch.jit.trace and ONNX know this operator"
-        elif p.lengths is None and any(has_own_operators(w) for w in self._weights):
-            why = "the weights are of a class with operators of its own (per-sample gradients)"
+        elif p.lengths is None and have_own_operators((p.x, *(p.state0 or ()), *self._weights)):
+            why = "a tensor is of a class with operators of its own (per-sample gradients)"
         elif self.backend == "auto" and p.lengths is None and p.packed is None:
             why = self._why_operator_is_faster(p)
         if why and self.backend == "triton":
