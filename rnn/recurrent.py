@@ -56,6 +56,7 @@ class Prepared(NamedTuple):
     batch_first: bool
     state0: tuple[Tensor, ...] | None  # each (L * D, B, H), the rows in the order of x
     batch: int
+    weights: list[Tensor]  # in the order of torch.nn's _flat_weights
     lengths: Tensor | None
     packed: PackedSequence | None
     unbatched: bool = False
@@ -101,17 +102,6 @@ class Recurrent(torch.nn.RNNBase):
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
-
-    @property
-    def _weights(self) -> list[Tensor]:
-        if torch.compiler.is_compiling():  # which cannot follow a list beside the parameters
-            return [getattr(self, name) for name in self._flat_weights_names]
-        return cast(list[Tensor], self._flat_weights)
-
-    @property
-    def _state_widths(self) -> list[int]:
-        widths = [self.proj_size or self.hidden_size, self.hidden_size]
-        return widths[: CELLS[self.cell].states]
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
@@ -170,13 +160,8 @@ class Recurrent(torch.nn.RNNBase):
             )
         if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths)
-        return self._forward(input, hx, lengths)
-
-    def _forward(
-        self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
-    ) -> tuple[Any, Any]:
         p = self._prepare(input, hx, lengths)
-        in_pytorch = self.why_pytorchs_operator(p) and not self._projects_in_a_graph(p)
+        in_pytorch = bool(self.why_pytorchs_operator(p)) and not self._projects_in_a_graph(p)
         output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
         traced = torch._C._get_tracing_state() is not None  # the same graph with and without grad
@@ -197,18 +182,23 @@ class Recurrent(torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
     ) -> Prepared:
         """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
-        if not torch.compiler.is_compiling():
+        weights: list[Any]
+        if torch.compiler.is_compiling():  # which cannot follow a list beside the parameters
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        else:
             self._update_flat_weights()
+            weights = self._flat_weights
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("a PackedSequence has its own lengths; got lengths as well")
             x, sorted_indices = input.data, input.sorted_indices
             self.check_input(x, input.batch_sizes)
             batch = int(input.batch_sizes[0])
+            self._check_weights(x, weights)
             state0 = self._check_states(x, hx, batch, 3)
             if state0 is not None and sorted_indices is not None:
                 state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
-            return Prepared(x, False, state0, batch, None, input)
+            return Prepared(x, False, state0, batch, weights, None, input)
         if input.dim() not in (2, 3):
             raise ValueError(
                 f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
@@ -218,19 +208,20 @@ class Recurrent(torch.nn.RNNBase):
         T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check_weights(x, weights)
         state0 = self._check_states(x, hx, batch, input.dim())
         if lengths is not None:
             if input.dim() == 2:
                 raise ValueError("lengths needs batched, 3-D input, got 2-D")
             check_lengths(lengths, T, batch)
             lengths = own_lengths(lengths, T, x.device)
-        return Prepared(x, self.batch_first, state0, batch, lengths, None, input.dim() == 2)
+        unbatched = input.dim() == 2
+        return Prepared(x, self.batch_first, state0, batch, weights, lengths, None, unbatched)
 
     def _check_states(
         self, x: Tensor, hx: State | None, batch: int, dim: int
     ) -> tuple[Tensor, ...] | None:
-        """hx as a tuple of (L * D, B, H), checked against x; and the weights against both."""
-        self._check_weights(x)
+        """hx as a tuple of (L * D, B, H), checked against x."""
         if hx is None:
             return None
         cell, given = CELLS[self.cell], cast(Any, hx)
@@ -270,7 +261,7 @@ class Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(f"hx must be {x.dtype} as input is, got {s.dtype}")
         return state0 if dim == 3 else tuple(s.unsqueeze(1) for s in state0)
 
-    def _check_weights(self, x: Tensor) -> None:
+    def _check_weights(self, x: Tensor, weights: list[Any]) -> None:
         """Shape, dtype and device of every weight; nothing after this looks at them again."""
         if torch._C._get_tracing_state() is not None:  # sizes are being recorded
             return
@@ -282,7 +273,7 @@ class Recurrent(torch.nn.RNNBase):
             self.directions * (self.num_layers - 1)
         )
         mixed = autocast_enabled(x.device.type)
-        for name, weight, shape in zip(self._flat_weights_names, self._weights, shapes):
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
             if tuple(weight.shape) != shape:
@@ -304,7 +295,7 @@ class Recurrent(torch.nn.RNNBase):
             why = "torch.export takes the operator that other programs know"
         elif p.lengths is None and torch._C._get_tracing_state() is not None:
             why = "torch.jit.trace and ONNX know this operator"
-        elif p.lengths is None and have_own_operators((p.x, *(p.state0 or ()), *self._weights)):
+        elif p.lengths is None and have_own_operators((p.x, *(p.state0 or ()), *p.weights)):
             why = "a tensor is of a class with operators of its own (per-sample gradients)"
         elif self.backend == "auto" and p.lengths is None and p.packed is None:
             why = self._why_operator_is_faster(p)
@@ -326,12 +317,12 @@ class Recurrent(torch.nn.RNNBase):
         x = p.x
         if torch.compiler.is_compiling() or compute_dtype(x) != x.dtype:
             return ""
-        differentiated = (x, *(p.state0 or ()), *self._weights)
+        differentiated = (x, *(p.state0 or ()), *p.weights)
         if needs_plain_operations(self.cell, NoPlan(""), differentiated):
             return ""
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
         T = x.size(1 if p.batch_first else 0)
-        return why_faster(self.cell, self._weights[1], T, p.batch, trained)
+        return why_faster(self.cell, p.weights[1], T, p.batch, trained)
 
     def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer by layer on this library's backends."""
@@ -344,12 +335,11 @@ class Recurrent(torch.nn.RNNBase):
         last = []
         for layer in range(self.num_layers):
             if p.state0 is None:
-                widths = self._state_widths
-                state0: tuple[Tensor, ...] = tuple(x.new_zeros(D, p.batch, w) for w in widths)
+                state0 = self._zeros(x, D, p.batch)
             else:
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
-            weights = self._layer_weights(layer, dtype)
+            weights = self._layer_weights(p, layer, dtype)
             x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights))
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
@@ -358,18 +348,22 @@ class Recurrent(torch.nn.RNNBase):
             return x, last[0]
         return x, tuple(torch.cat(states) for states in zip(*last))
 
-    def _layer_weights(self, layer: int, dtype: torch.dtype) -> list[Tensor]:
+    def _zeros(self, x: Tensor, layers: int, batch: int) -> tuple[Tensor, ...]:
+        """The states that a call without hx starts from."""
+        h = x.new_zeros(layers, batch, self.proj_size or self.hidden_size)
+        if CELLS[self.cell].states == 1:
+            return (h,)
+        return h, x.new_zeros(layers, batch, self.hidden_size) if self.proj_size else h
+
+    def _layer_weights(self, p: Prepared, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """The weights of a layer, direction by direction, in the dtype of the computation."""
-        each = len(self._weights) // self.num_layers
-        weights = self._weights[layer * each : (layer + 1) * each]
+        each = len(p.weights) // self.num_layers
+        weights = p.weights[layer * each : (layer + 1) * each]
         return [w if w.dtype == dtype else w.to(dtype) for w in weights]
 
     def _by_operator(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers by PyTorch's own operator."""
-        state0 = p.state0 or tuple(
-            p.x.new_zeros(self.num_layers * self.directions, p.batch, width)
-            for width in self._state_widths
-        )
+        state0 = p.state0 or self._zeros(p.x, self.num_layers * self.directions, p.batch)
         stack = Stack(
             self.cell,
             self.bias,
@@ -380,10 +374,12 @@ class Recurrent(torch.nn.RNNBase):
             p.batch_first,
         )
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
-        return run_stack(stack, p.x, batch_sizes, p.lengths, state0, self._weights)
+        return run_stack(stack, p.x, batch_sizes, p.lengths, state0, p.weights)
 
 
 @torch._disable_dynamo
-def _packed_rows_run_outside_of_graphs(module: Recurrent, *args: Any) -> tuple[Any, Any]:
+def _packed_rows_run_outside_of_graphs(
+    module: Recurrent, input: PackedSequence, hx: State | None, lengths: Tensor | None
+) -> tuple[Any, Any]:
     """How many rows each step of a PackedSequence has is data: a graph cannot hold it."""
-    return module._forward(*args)
+    return module.forward(input, hx, lengths=lengths)

@@ -356,3 +356,46 @@ def test_weights_changed_between_the_passes_raise(cell, backend):
             module.weight_hh_l0.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@each_backend
+@each_cell
+@pytest.mark.parametrize("wanted", ["x", "x and hx", "all but weight_ih"])
+def test_input_changed_in_place_where_no_gradient_reads_it(cell, wanted, backend):
+    """As in torch.nn: with W_ih frozen only a second derivative needs it, and that one raises."""
+    if (cell, backend) == ("lstm", "auto"):
+        pytest.skip("oneDNN's LSTM keeps its input, in torch.nn.LSTM too")
+    _, ours = twins(cell, backend=backend, bidirectional=True)
+    for name, p in ours.named_parameters():
+        p.requires_grad_(wanted == "all but weight_ih" and not name.startswith("weight_ih"))
+    leaf, hx = problem(ours, T=20 if backend == "auto" else 4)
+    if wanted == "x":
+        hx = tuple(s.detach() for s in hx) if cell == "lstm" else hx.detach()
+    found = []
+    for change in (False, True):
+        leaf.grad = None
+        ours.zero_grad()
+        x = leaf * 1
+        results = ours(x, hx)
+        if change:
+            x.add_(1)
+        objective(results).backward()
+        found.append(gradients(ours, leaf))
+    assert_same(*reversed(found))
+    x = leaf * 1
+    results = ours(x, hx)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(objective(results), leaf, create_graph=True)
+
+
+@each_backend
+@each_cell
+def test_input_changed_in_place_where_a_gradient_reads_it(cell, backend):
+    for module in twins(cell, backend=backend):
+        leaf, hx = problem(module)
+        x = leaf * 1
+        results = module(x, hx)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            objective(results).backward()

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -109,6 +110,72 @@ def test_use_under_another_default_device(cell):
         expected = projected(X, lengths=LENGTHS)
         with torch.device("meta"):
             assert_same(projected(X, lengths=LENGTHS), expected)
+
+
+@each_cell
+def test_a_default_device_changes_no_choice(cell):
+    """It is a mode under which every tensor counts as one with operators of its own."""
+    _, ours = twins(cell, backend="auto")
+    x = torch.randn(20, 3, I)
+    expected = rnn.explain(ours, x)
+    with torch.device("cpu"):
+        assert rnn.explain(ours, x) == expected
+
+
+# Tensors of other classes.
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+class Watched(torch.Tensor):
+    calls: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(getattr(func, "__name__", ""))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Wrapper:
+    """No tensor, but has one."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getattr__(self, name):
+        value = getattr(self.data, name)
+        if not callable(value) or isinstance(value, torch.device):
+            return value
+        method = getattr(torch.Tensor, name)
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        def unwrapped(x):
+            return x.data if isinstance(x, Wrapper) else x
+
+        args, kwargs = torch.utils._pytree.tree_map(unwrapped, (args, kwargs or {}))
+        results = func(*args, **kwargs)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, cls, results)
+
+
+@each_cell
+@pytest.mark.parametrize("T", [1, 20])
+@pytest.mark.parametrize("kind", [Sub, Watched, Wrapper], ids=lambda k: k.__name__)
+def test_inputs_of_other_classes(cell, T, kind):
+    """Results are of the input's class; its own operators see torch's."""
+    theirs, ours = twins(cell, backend="auto", num_layers=2)
+    x = torch.randn(T, 3, I)
+    Watched.calls.clear()
+    results = ours(Wrapper(x) if kind is Wrapper else x.as_subclass(kind))
+    results = [results[0], *(results[1] if cell == "lstm" else results[1:])]
+    assert all(type(y) is kind for y in results)
+    if kind is Watched:
+        assert {"rnn_tanh", "rnn_relu", "gru", "lstm"} & set(Watched.calls) == {cell}
+    bare = [y.data if kind is Wrapper else y.as_subclass(torch.Tensor) for y in results]
+    assert_same(bare, theirs(x))
 
 
 # Copies.

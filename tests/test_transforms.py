@@ -1,11 +1,23 @@
 """Derivatives of any order and form: second derivatives, batched gradients, forward mode, and
 torch.func. The rule for each: equal to a loop, or to torch.nn in float64."""
 
+import warnings
+
 import pytest
 import torch
 from torch.autograd import functional as AF
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from twins import BACKENDS, I, assert_same, each_cell, gradients, objective, problem, tensors, twins
 
@@ -115,6 +127,21 @@ def test_is_grads_batched(cell, how):
         assert_same([b[k] for b in batched], one)
 
 
+@each_cell
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [4, 20])
+def test_is_grads_batched_whatever_engine_runs(cell, backend, T):
+    _, ours = twins(cell, backend=backend)
+    x, hx = problem(ours, T=T if backend != "triton" else 4)
+    output = ours(x, hx)[0]
+    leaves = [x, *tensors(hx), *ours.parameters()]
+    many = torch.randn(3, *output.shape)
+    batched = torch.autograd.grad(output, leaves, many, is_grads_batched=True, retain_graph=True)
+    for k, d in enumerate(many):
+        one = torch.autograd.grad(output, leaves, d, retain_graph=True)
+        assert_same([b[k] for b in batched], one, 1e-2 if backend == "triton" else None)
+
+
 def squares(results):
     return sum(y.square().sum() for y in tensors(results))
 
@@ -189,7 +216,9 @@ def test_vmap_over_lengths(cell):
     _, ours = twins(cell, **BIDIRECTIONAL)
     x = problem(ours)[0].detach()
     many = torch.tensor([[6, 2, 0], [1, 1, 5]])
-    batched = vmap(lambda n: tensors(ours(x, lengths=n)))(many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every operation has a batched form
+        batched = vmap(lambda n: tensors(ours(x, lengths=n)))(many)
     for k, lengths in enumerate(many):
         assert_same([b[k] for b in batched], ours(x, lengths=lengths))
 
@@ -239,6 +268,28 @@ def test_ensemble_of_stacked_weights(cell):
     found = vmap(lambda w: tensors(functional_call(ours, w, (x,))))(stacked)
     for k, member in enumerate(members):
         assert_same([f[k] for f in found], functional_call(ours, member, (x,)))
+
+
+@each_cell
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_ensemble_of_stacked_modules(cell, backend):
+    """As PyTorch's guide builds one: each member on the same input, and each on its own."""
+    members = [twins(cell, backend=backend, num_layers=2)[1] for _ in range(3)]
+    for k, member in enumerate(members):
+        with torch.no_grad():
+            for p in member.parameters():
+                p.mul_(1 - k / 4)
+    weights, buffers = stack_module_state(members)
+    inputs = torch.randn(3, 20, 2, I)
+
+    def member(weights, buffers, x):
+        return tensors(functional_call(members[0], (weights, buffers), (x,)))
+
+    same = vmap(member, in_dims=(0, 0, None))(weights, buffers, inputs[0])
+    own = vmap(member)(weights, buffers, inputs)
+    for k, ours in enumerate(members):
+        assert_same([y[k] for y in same], ours(inputs[0]))
+        assert_same([y[k] for y in own], ours(inputs[k]))
 
 
 @each_cell
