@@ -14,6 +14,7 @@ from twins import (
     each_cell,
     each_run,
     everything,
+    objective,
     problem,
     row_by_row,
     tensors,
@@ -331,6 +332,11 @@ def test_projection(backend):
         wanted = everything(theirs, x, hx, lambda m, x, hx, n=lengths: row_by_row(m, x, hx, n))
         zeros = {n: torch.zeros_like(g) for n, g in got.items() if n not in wanted}
         assert_same(got, wanted | zeros)
+    ours.zero_grad()
+    results = ours(x, lengths=torch.zeros(3, dtype=torch.int64))  # no step, and a graph
+    objective(results).backward()
+    assert not any(y.any() for y in tensors(results))
+    assert all(p.grad is not None and not p.grad.any() for p in ours.parameters())
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here: proj_size'):
         rnn.LSTM(I, H, proj_size=3, backend="triton")(torch.randn(2, 1, I))
 
