@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .cells import CELLS, Cell, Tensors
+from .operators import Stack, run_stack
 from .rows import active_steps, lengths_of
 
 
@@ -86,8 +87,20 @@ def time_major(spec: Spec, x: Tensor) -> Tensor:
     return x.transpose(0, 1) if spec.batch_first else x
 
 
+def by_operator(
+    spec: Spec, x: Tensor, lengths: Tensor | None, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The layer by PyTorch's own operator, on x as it is and with the states stacked."""
+    S = CELLS[spec.cell].states
+    stack = Stack(spec.cell, spec.bias, 1, 0.0, True, spec.directions == 2, spec.batch_first)
+    output, state_n = run_stack(stack, x, None, lengths, tensors[:S], list(tensors[S:]))
+    return output, *state_n
+
+
 def plain(spec: Spec, x: Tensor, lengths: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """The layer by PyTorch's differentiable operations: output and the last states."""
+    if spec.projected:
+        return by_operator(spec, x, lengths, *tensors)
     cell = CELLS[spec.cell]
     state0, weights = split(spec, tensors)
     if spec.sizes is not None:

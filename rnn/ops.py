@@ -10,7 +10,7 @@ of Python costs more than the whole call of a small layer.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +20,14 @@ from .autograd import Call, backward, backward_of_plain, is_batched, without_aut
 from .cells import CELLS, Tensors
 from .engines import StepRows, forward_in_torch, forward_in_triton, rows_of
 from .kernels.plan import KernelUnavailable, NoPlan, Plan
-from .layer import Spec, time_major
-from .operators import Stack, run_stack, why_faster
+from .layer import Spec, by_operator, time_major
+from .operators import why_faster
 
 SAID = (
     "str cell, int directions, bool reverse, bool batch_first, bool input_product, bool bias, "
     "bool stacked, bool projected, str backend"
 )
-ANY = 1 << 62
+MANY_STEPS = 1 << 62
 LIBRARY = torch.library.Library("fused_rnn", "DEF")
 LIBRARY.define(
     f"layer(Tensor x, Tensor[] tensors, Tensor? lengths, *, {SAID}, bool save) -> Tensor[]",
@@ -59,22 +59,22 @@ class Layer:
         self.batch, self.hidden = tensors[0].size(-2), self.weight_hh.size(-1)
         self.steps = x.size(1 if self.spec.batch_first else 0)
 
-    def kept(self) -> int:
-        """How many numbers the forward pass hands on to the backward pass, beside its output.
-        It follows from the layer alone, not from the engine."""
-        if not self.save or self.by_operator(True, steps=ANY):
-            return 0
-        return self.steps * self.batch * self.spec.directions * self.cell.stored * self.hidden
-
-    def by_operator(self, trained: bool, steps: int | None = None) -> bool:
-        """Whether PyTorch's own operator runs it; of ANY steps: whatever their number is."""
+    def uses_operator(self, trained: bool) -> bool:
+        """Whether PyTorch's own operator runs it. For a gradient it must then run twice (see
+        by_autograd): with few steps, where it is otherwise the faster one, that loses."""
         spec = self.spec
         if spec.projected:
             return True
         if self.backend != "auto" or self.lengths is not None or not spec.input_product:
             return False
-        steps = self.steps if steps is None else steps
-        return bool(why_faster(spec.cell, self.weight_hh, steps, self.batch, trained))
+        return bool(why_faster(spec.cell, self.weight_hh, MANY_STEPS, self.batch, trained))
+
+    def kept(self) -> int:
+        """How many numbers the forward pass hands on to the backward pass, beside its output.
+        It follows from the layer alone, not from the engine."""
+        if not self.save or self.uses_operator(trained=True):
+            return 0
+        return self.steps * self.batch * self.spec.directions * self.cell.stored * self.hidden
 
     def plan(self) -> Plan | NoPlan:
         return dispatch.choose(
@@ -86,12 +86,6 @@ class Layer:
             self.x.dtype,
             self.x.device,
         )
-
-    def operator(self, x: Tensor, tensors: Tensors) -> tuple[Tensor, ...]:
-        spec, S = self.spec, self.cell.states
-        stack = Stack(spec.cell, spec.bias, 1, 0.0, True, spec.directions == 2, spec.batch_first)
-        output, state_n = run_stack(stack, x, None, self.lengths, tensors[:S], list(tensors[S:]))
-        return output, *state_n
 
     def forward(self, plan: Plan | NoPlan) -> tuple[Tensor, Tensors, Tensors]:
         """output, last states and what the engine keeps."""
@@ -154,7 +148,7 @@ def by_autograd(
     )
     with on, torch.enable_grad():  # below an op's own autograd the dispatcher records nothing
         at = [t.detach().requires_grad_(need) for t, need in zip((layer.x, *layer.tensors), needs)]
-        outputs = layer.operator(at[0], tuple(at[1:]))
+        outputs = by_operator(layer.spec, at[0], layer.lengths, *at[1:])
         given = [k for k, d in enumerate(d_outputs) if d is not None]
         asked = [t for t, need in zip(at, needs) if need]
         found = iter(
@@ -174,9 +168,9 @@ def layer_impl(
 ) -> list[Tensor]:
     layer = Layer(x, tensors, lengths, **said)
     with without_autocast(x.device), torch.no_grad():
-        if layer.by_operator(trained=layer.save):
-            output, *state_n = layer.operator(x, layer.tensors)
-            packed = x.new_zeros(layer.kept())  # for a backward pass that will not read it
+        if layer.uses_operator(trained=layer.save):
+            output, *state_n = by_operator(layer.spec, x, lengths, *tensors)
+            packed = x.new_empty(0)
         else:
             plan = layer.plan()
             try:
@@ -201,7 +195,7 @@ def layer_backward_impl(
     layer = Layer(x, tensors, lengths, save=True, **said)
     gradients: Sequence[Tensor | None]
     with without_autocast(x.device), torch.no_grad():
-        if layer.by_operator(trained=True):
+        if layer.uses_operator(trained=True):
             gradients = by_autograd(layer, d_outputs, needs)
         else:
             plan = layer.plan()
@@ -211,7 +205,8 @@ def layer_backward_impl(
             except KernelUnavailable as error:
                 plan = layer.give_up(plan, error)
                 gradients = by_engine(layer, plan, output, kept, d_outputs, needs, True)
-    return [g.contiguous() for g, need in zip(gradients, needs) if need and g is not None]
+    found = [g for g, need in zip(gradients, needs) if need]
+    return [cast(Tensor, g).contiguous() for g in found]
 
 
 def by_engine(
