@@ -248,7 +248,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     },
     ("rnn/functional.py", AUTOGRAD): {
         "lengths-not-copied": (
-            "    return lengths.detach().to(device, non_blocking=True, copy=True).clamp_(0, T)",
+            "    return lengths.detach().to(device, non_blocking=True).clamp(0, T)",
             "    return lengths.to(device)",
         ),
     },
@@ -285,6 +285,19 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "            torch.is_grad_enabled()  # create_graph",
             "            False  # create_graph",
         ),
+    },
+    ("rnn/autograd.py", "tests/test_autograd.py -k changed_in_place"): {
+        "input-always-saved": ("x if read else None, lengths", "x, lengths"),
+        "version-of-the-input-ignored": ("x._version != ctx.version", "False"),
+    },
+    ("rnn/run.py", "tests/test_ops.py -k transforms"): {
+        "an-op-under-transforms": (" and not transformed()", ""),
+    },
+    ("rnn/ops.py", "tests/test_ops.py -k 'replaced or derivatives or lengths_in'"): {
+        "another-engines-numbers": (" or dispatch.given_up(plan)", ""),
+        "no-second-derivative-of-the-op": ("if torch.is_grad_enabled() or any(", "if any("),
+        "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
+        "nothing-runs-again": ("if run_again and layer.cell.stored:", "if False:"),
     },
     ("rnn/recurrent.py", "tests/test_explain.py"): {
         "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
