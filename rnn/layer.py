@@ -93,7 +93,8 @@ def by_operator(
     """The layer by PyTorch's own operator, on x as it is and with the states stacked."""
     S = CELLS[spec.cell].states
     stack = Stack(spec.cell, spec.bias, 1, 0.0, True, spec.directions == 2, spec.batch_first)
-    output, state_n = run_stack(stack, x, None, lengths, tensors[:S], list(tensors[S:]))
+    sizes = None if spec.sizes is None else torch.tensor(spec.sizes, device="cpu")
+    output, state_n = run_stack(stack, x, sizes, lengths, tensors[:S], list(tensors[S:]))
     return output, *state_n
 
 

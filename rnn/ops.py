@@ -10,6 +10,7 @@ of Python costs more than the whole call of a small layer.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -30,12 +31,13 @@ SAID = (
 MANY_STEPS = 1 << 62
 LIBRARY = torch.library.Library("fused_rnn", "DEF")
 LIBRARY.define(
-    f"layer(Tensor x, Tensor[] tensors, Tensor? lengths, *, {SAID}, bool save) -> Tensor[]",
+    "layer(Tensor x, Tensor[] tensors, Tensor? lengths, Tensor? batch_sizes, *, "
+    f"{SAID}, bool save) -> Tensor[]",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 LIBRARY.define(
     "layer_backward(Tensor?[] d_outputs, Tensor x, Tensor[] tensors, Tensor? lengths, "
-    f"Tensor output, Tensor kept, *, {SAID}, bool[] needs) -> Tensor[]",
+    f"Tensor? batch_sizes, Tensor output, Tensor kept, *, {SAID}, bool[] needs) -> Tensor[]",
     tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag),
 )
 
@@ -45,19 +47,21 @@ class Layer:
 
     def __init__(
         self,
-        x: Tensor,  # (T, B, I), or (B, T, I)
+        x: Tensor,  # (T, B, I), (B, T, I), or packed (N, I)
         tensors: Sequence[Tensor],  # the states, then the weights, as Weights.of takes them
         lengths: Tensor | None,
+        sizes: tuple[int, ...] | None,  # of packed x, where its values are known
         backend: str,
         save: bool,
         **said: Any,
     ) -> None:
-        self.spec, self.cell = Spec(sizes=None, **said), CELLS[said["cell"]]
+        self.spec, self.cell = Spec(sizes=sizes, **said), CELLS[said["cell"]]
         self.x, self.tensors, self.lengths = x, tuple(tensors), lengths
         self.backend, self.save = backend, save
         self.weight_hh = tensors[self.cell.states + self.spec.input_product]
         self.batch, self.hidden = tensors[0].size(-2), self.weight_hh.size(-1)
-        self.steps = x.size(1 if self.spec.batch_first else 0)
+        if sizes is not None and sizes[0] != self.batch:
+            raise RuntimeError(f"the states must have {sizes[0]} rows, got {self.batch}")
 
     def uses_operator(self, trained: bool) -> bool:
         """Whether PyTorch's own operator runs it. For a gradient it must then run twice (see
@@ -67,6 +71,8 @@ class Layer:
             return True
         if self.backend != "auto" or self.lengths is not None or not spec.input_product:
             return False
+        if self.x.dim() == 2:  # packed
+            return False
         return bool(why_faster(spec.cell, self.weight_hh, MANY_STEPS, self.batch, trained))
 
     def kept(self) -> int:
@@ -74,7 +80,8 @@ class Layer:
         It follows from the layer alone, not from the engine."""
         if not self.save or self.uses_operator(trained=True):
             return 0
-        return self.steps * self.batch * self.spec.directions * self.cell.stored * self.hidden
+        rows = prod(self.x.shape[:-1])
+        return rows * self.spec.directions * self.cell.stored * self.hidden
 
     def plan(self) -> Plan | NoPlan:
         return dispatch.choose(
@@ -125,7 +132,7 @@ def unpack(layer: Layer, plan: Plan | NoPlan, output: Tensor, packed: Tensor) ->
     if isinstance(plan, Plan):
         if not cell.stored:
             return (output,)
-        return output, time_major(spec, packed.view(*output.shape[:2], -1))
+        return output, time_major(spec, packed.view(*output.shape[:-1], -1))
     rows = rows_of(spec, layer.x, layer.lengths, layer.batch)
     in_steps, N = StepRows(spec, rows), sum(rows.sizes)
     count = spec.directions * cell.stored
@@ -163,10 +170,18 @@ def by_autograd(
     return tuple(next(found) if need else None for need in needs)
 
 
+def values(batch_sizes: Tensor | None) -> tuple[int, ...] | None:
+    return None if batch_sizes is None else tuple(batch_sizes.tolist())
+
+
 def layer_impl(
-    x: Tensor, tensors: list[Tensor], lengths: Tensor | None, **said: Any
+    x: Tensor,
+    tensors: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    **said: Any,
 ) -> list[Tensor]:
-    layer = Layer(x, tensors, lengths, **said)
+    layer = Layer(x, tensors, lengths, values(batch_sizes), **said)
     with without_autocast(x.device), torch.no_grad():
         if layer.uses_operator(trained=layer.save):
             output, *state_n = by_operator(layer.spec, x, lengths, *tensors)
@@ -186,13 +201,14 @@ def layer_backward_impl(
     x: Tensor,
     tensors: list[Tensor],
     lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     output: Tensor,
     kept: Tensor,
     *,
     needs: list[bool],
     **said: Any,
 ) -> list[Tensor]:
-    layer = Layer(x, tensors, lengths, save=True, **said)
+    layer = Layer(x, tensors, lengths, values(batch_sizes), save=True, **said)
     gradients: Sequence[Tensor | None]
     with without_autocast(x.device), torch.no_grad():
         if layer.uses_operator(trained=True):
@@ -242,12 +258,16 @@ def by_engine(
 
 
 def layer_fake(
-    x: Tensor, tensors: list[Tensor], lengths: Tensor | None, **said: Any
+    x: Tensor,
+    tensors: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    **said: Any,
 ) -> list[Tensor]:
-    layer = Layer(x, tensors, lengths, **said)
+    layer = Layer(x, tensors, lengths, None, **said)
     states = [s.new_empty(s.shape) for s in layer.tensors[: layer.cell.states]]
     width = layer.spec.directions * states[0].size(-1)
-    return [x.new_empty(*x.shape[:2], width), *states, x.new_empty(layer.kept())]
+    return [x.new_empty(*x.shape[:-1], width), *states, x.new_empty(layer.kept())]
 
 
 def layer_backward_fake(
@@ -255,6 +275,7 @@ def layer_backward_fake(
     x: Tensor,
     tensors: list[Tensor],
     lengths: Tensor | None,
+    batch_sizes: Tensor | None,
     output: Tensor,
     kept: Tensor,
     *,
@@ -268,35 +289,33 @@ def layer_backward_fake(
 
 
 def layer_setup(ctx: Any, inputs: tuple, keyword_only_inputs: dict, output: list[Tensor]) -> None:
-    x, tensors, lengths = inputs
+    x, tensors, lengths, batch_sizes = inputs
     ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(x, lengths, output[0], output[-1], *tensors)
+    ctx.save_for_backward(x, lengths, batch_sizes, output[0], output[-1], *tensors)
     ctx.said = {name: said for name, said in keyword_only_inputs.items() if name != "save"}
     ctx.set_materialize_grads(False)
 
 
 def layer_gradients(ctx: Any, d_results: list[Tensor | None]) -> tuple:
-    x, lengths, output, kept, *tensors = ctx.saved_tensors
+    x, lengths, batch_sizes, output, kept, *tensors = ctx.saved_tensors
     d_outputs = d_results[:-1]
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     gradients: Sequence[Tensor | None] = [None] * len(needs)
     if any(d is not None for d in d_outputs):
         # create_graph=True, or many gradients at once: every operation must be seen
         if torch.is_grad_enabled() or any(is_batched(d) for d in d_outputs):
-            spec = Spec(sizes=None, **{k: v for k, v in ctx.said.items() if k != "backend"})
+            said = {name: said for name, said in ctx.said.items() if name != "backend"}
+            spec = Spec(sizes=values(batch_sizes), **said)
             for_function = (False, needs[0], False, *needs[1:])
             d_x, _, *rest = backward_of_plain(
                 spec, x, lengths, tuple(tensors), for_function, d_outputs
             )
             gradients = d_x, *rest
         else:
-            found = iter(
-                torch.ops.fused_rnn.layer_backward(
-                    d_outputs, x, tensors, lengths, output, kept, needs=needs, **ctx.said
-                )
-            )
+            each = d_outputs, x, tensors, lengths, batch_sizes, output, kept
+            found = iter(torch.ops.fused_rnn.layer_backward(*each, needs=needs, **ctx.said))
             gradients = [next(found) if need else None for need in needs]
-    return gradients[0], list(gradients[1:]), None
+    return gradients[0], list(gradients[1:]), None, None
 
 
 LIBRARY.impl("layer", layer_impl, "CompositeExplicitAutograd")
@@ -309,12 +328,18 @@ torch.library.register_autograd(
 
 
 def run_as_op(
-    spec: Spec, backend: str, x: Tensor, lengths: Tensor | None, tensors: Tensors, save: bool
+    spec: Spec,
+    backend: str,
+    x: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    tensors: Tensors,
+    save: bool,
 ) -> tuple[Tensor, Tensors]:
     """A layer as one node of the graph that is being traced: output and the last states."""
     said = spec._asdict()
     del said["sizes"]
     results = torch.ops.fused_rnn.layer(
-        x, list(tensors), lengths, **said, backend=backend, save=save
+        x, list(tensors), lengths, batch_sizes, **said, backend=backend, save=save
     )
     return results[0], tuple(results[1:-1])

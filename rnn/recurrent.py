@@ -16,7 +16,7 @@ from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
 from .layer import Spec
 from .operators import Stack, run_stack, why_faster
-from .run import needs_plain_operations, run
+from .run import can_be_op, needs_plain_operations, run
 
 
 class Mode(NamedTuple):
@@ -69,7 +69,16 @@ def exported_with_fixed_steps(p: Prepared) -> bool:
     # It imports sympy, so it is asked where torch.export has done so.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return p.packed is not None or has_static_value(p.x.size(1 if p.batch_first else 0))
+    return p.packed is None and has_static_value(p.x.size(1 if p.batch_first else 0))
+
+
+def batch_of_packed(input: PackedSequence, hx: State | None) -> int:
+    """How many sequences are packed, from shapes alone, as a graph needs it; 0 if they do not say.
+    batch_sizes, which does, is data."""
+    if input.sorted_indices is not None:
+        return input.sorted_indices.size(0)
+    state = hx[0] if isinstance(hx, tuple | list) and len(hx) > 0 else hx
+    return state.size(1) if isinstance(state, Tensor) and state.dim() == 3 else 0
 
 
 def have_own_operators(tensors: tuple[Any, ...]) -> bool:
@@ -158,7 +167,11 @@ class Recurrent(torch.nn.RNNBase):
             return input.tracer.create_proxy(
                 "call_module", path, (input,), {k: v for k, v in given.items() if v is not None}
             )
-        if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
+        if (
+            isinstance(input, PackedSequence)
+            and torch.compiler.is_compiling()
+            and not (batch_of_packed(input, hx) and can_be_op(self.cell))
+        ):
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths)
         p = self._prepare(input, hx, lengths)
         in_pytorch = bool(self.why_pytorchs_operator(p)) and not self._projects_in_a_graph(p)
@@ -193,7 +206,10 @@ class Recurrent(torch.nn.RNNBase):
                 raise ValueError("a PackedSequence has its own lengths; got lengths as well")
             x, sorted_indices = input.data, input.sorted_indices
             self.check_input(x, input.batch_sizes)
-            batch = int(input.batch_sizes[0])
+            if torch.compiler.is_compiling():
+                batch = batch_of_packed(input, hx)
+            else:
+                batch = int(input.batch_sizes[0])
             self._check_weights(x, weights)
             state0 = self._check_states(x, hx, batch, 3)
             if state0 is not None and sorted_indices is not None:
@@ -307,7 +323,6 @@ class Recurrent(torch.nn.RNNBase):
         """A graph gets our op, which runs PyTorch's operator: traced, that unrolls its steps."""
         return (
             self.proj_size > 0
-            and p.packed is None
             and torch.compiler.is_compiling()
             and not exported_with_fixed_steps(p)
         )
@@ -329,7 +344,10 @@ class Recurrent(torch.nn.RNNBase):
         cell, D = CELLS[self.cell], self.directions
         x, dtype = p.x, compute_dtype(p.x)
         x = x if x.dtype == dtype else x.to(dtype)
-        sizes = None if p.packed is None else tuple(p.packed.batch_sizes.tolist())
+        batch_sizes = None if p.packed is None else p.packed.batch_sizes
+        sizes = None
+        if batch_sizes is not None and not torch.compiler.is_compiling():
+            sizes = tuple(batch_sizes.tolist())
         projected = self.proj_size > 0
         spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
         last = []
@@ -340,7 +358,7 @@ class Recurrent(torch.nn.RNNBase):
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
             weights = self._layer_weights(p, layer, dtype)
-            x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights))
+            x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights), batch_sizes)
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
@@ -381,5 +399,5 @@ class Recurrent(torch.nn.RNNBase):
 def _packed_rows_run_outside_of_graphs(
     module: Recurrent, input: PackedSequence, hx: State | None, lengths: Tensor | None
 ) -> tuple[Any, Any]:
-    """How many rows each step of a PackedSequence has is data: a graph cannot hold it."""
+    """Of a PackedSequence whose number of sequences is data: a graph cannot make its states."""
     return module.forward(input, hx, lengths=lengths)

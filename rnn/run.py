@@ -48,19 +48,25 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def can_be_op(spec: Spec) -> bool:
-    """Packed rows are Python's numbers, and a cell without a form in place is its equation."""
-    return spec.sizes is None and (spec.projected or spec.cell in IN_PLACE)
+def can_be_op(cell: str) -> bool:
+    """Whether a layer that is traced is one op. A cell without a form in place is its equation,
+    and so is every cell under the transforms of torch.func."""
+    return cell in IN_PLACE and not transformed()
 
 
 def run(
-    spec: Spec, backend: str, x: Tensor, lengths: Tensor | None, tensors: tuple[Tensor, ...]
+    spec: Spec,
+    backend: str,
+    x: Tensor,
+    lengths: Tensor | None,
+    tensors: tuple[Tensor, ...],
+    batch_sizes: Tensor | None = None,  # of packed x in a graph, in place of spec.sizes
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer on tensors that were checked before: output and the last states."""
     cell, S = CELLS[spec.cell], CELLS[spec.cell].states
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    if torch.compiler.is_compiling() and can_be_op(spec) and not transformed():
-        return ops.run_as_op(spec, backend, x, lengths, tensors, save)
+    if torch.compiler.is_compiling() and can_be_op(spec.cell):
+        return ops.run_as_op(spec, backend, x, lengths, batch_sizes, tensors, save)
     hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
     plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
     if needs_plain_operations(spec.cell, plan, (x, *tensors)):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from torch.export import Dim, export
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from twins import H, I, assert_same, each_cell, objective, problem, tensors, twins
 
 import rnn
@@ -87,6 +88,32 @@ def test_lengths(cell, strict):
     loaded = reloaded(export(ours, (X,), given, dynamic_shapes=shapes, strict=strict))
     x, lengths = torch.randn(9, 4, I), torch.tensor([2, 9, 0, 5])
     assert_same(loaded(x, lengths=lengths), ours(x, lengths=lengths))
+
+
+class Packed(torch.nn.Module):
+    def __init__(self, recurrent):
+        super().__init__()
+        self.rnn = recurrent
+
+    def forward(self, rows, batch_sizes, order, back):
+        output, state = self.rnn(PackedSequence(rows, batch_sizes, order, back))
+        return output.data, state
+
+
+@each_cell
+@strictly_or_not
+def test_packed_rows(cell, strict):
+    ours = Packed(twins(cell, backend="auto")[1])
+
+    def pack(*lengths):
+        x = torch.randn(max(lengths), len(lengths), I)
+        return tuple(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False))
+
+    names = ("rows", "batch_sizes", "order", "back")
+    shapes = {name: {0: Dim.DYNAMIC} for name in names}
+    loaded = reloaded(export(ours, pack(3, 5, 4), dynamic_shapes=shapes, strict=strict))
+    other = pack(2, 7, 1, 3)
+    assert_same(loaded(*other), ours(*other))
 
 
 @strictly_or_not

@@ -6,7 +6,7 @@ import torch
 import torch._dynamo as dynamo
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from twins import (
     BACKENDS,
     IEEE,
@@ -199,25 +199,85 @@ def test_projection_in_a_graph(lengths):
     assert graphs() == 1
 
 
+def packs(T, B=4):
+    """x and a function that packs it, rows in any order."""
+    lengths = torch.arange(B) % T + 1
+    lengths[1] = T
+    x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(T))
+    return pack_padded_sequence(x, lengths, enforce_sorted=False)
+
+
+def results_of_packed(call, ours, p, hx=None):
+    """Results and gradients, that of the rows of x too."""
+    ours.zero_grad()
+    rows = p.data.detach().requires_grad_()
+    output, state = call(PackedSequence(rows, *p[1:]), hx)
+    objective((output, state)).backward()
+    assert isinstance(output, PackedSequence) and output.batch_sizes.equal(p.batch_sizes)
+    return [output.data, *tensors(state), rows.grad, *(q.grad.clone() for q in ours.parameters())]
+
+
 @each_cell
-def test_packed_rows_run_outside_of_the_graph(cell):
-    """How many rows a step has is data. The rest of the model is compiled, once."""
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@each_config
+def test_packed_sequences_in_a_graph(cell, config, backend):
+    """Their number is known from the order that they come in, or from hx."""
+    ours = twins(cell, backend=backend, **config)[1]
+    graph = compiled(ours, dynamic=True)
+    for T, B in ((6, 4), (9, 6), (3, 8)):
+        p = packs(T, B)
+        assert_same(results_of_packed(graph, ours, p), results_of_packed(ours, ours, p))
+    assert graphs() == 1
+    longest_first = pack_padded_sequence(torch.randn(6, 3, I), torch.tensor([6, 2, 1]))
+    hx = problem(ours)[1]
+    expected = results_of_packed(ours, ours, longest_first, hx)
+    assert_same(results_of_packed(graph, ours, longest_first, hx), expected)
+
+
+@each_cell
+@pytest.mark.parametrize("backend", [BACKENDS[2]])
+def test_packed_sequences_by_the_kernels_in_a_graph(cell, backend):
+    ours = twins(cell, backend=backend)[1]
+    p = packs(3)
+    expected = results_of_packed(ours, ours, p)
+    assert_same(results_of_packed(compiled(ours), ours, p), expected)
+
+
+def test_packed_sequences_with_a_projection_in_a_graph():
+    ours = twins("lstm", backend="auto", proj_size=4, num_layers=2)[1]
+    graph = compiled(ours, dynamic=True)
+    for T, B in ((6, 4), (9, 6)):
+        p = packs(T, B)
+        assert_same(results_of_packed(graph, ours, p), results_of_packed(ours, ours, p))
+    assert graphs() == 1
+
+
+@each_cell
+def test_packed_rows_of_an_unknown_number_run_outside_of_the_graph(cell):
+    """Longest first and without hx: how many they are is data. The rest is compiled, once."""
     ours = twins(cell, backend="auto")[1]
 
     def model(p):
         return ours(p)[0].data * 2
 
-    packs = [
+    sorted_packs = [
         pack_padded_sequence(problem(ours, T=T)[0].detach(), torch.tensor([T, 2, 1]))
         for T in range(4, 14)
     ]
     graph = torch.compile(model, backend="aot_eager")
-    for p in packs:
+    for p in sorted_packs:
         assert_same(graph(p), model(p))
     assert graphs() <= 2
     dynamo.reset()
     with pytest.raises(Exception, match="packed_rows_run_outside_of_graphs"):
-        compiled(model)(packs[0])
+        compiled(model)(sorted_packs[0])
+
+
+def test_states_of_another_number_than_the_packed_rows_raise():
+    ours = twins("gru")[1]
+    p = pack_padded_sequence(torch.randn(6, 3, I), torch.tensor([6, 2, 1]))
+    with pytest.raises(RuntimeError, match="the states must have 3 rows, got 4"):
+        compiled(ours)(p, torch.randn(1, 4, H))
 
 
 @each_cell
@@ -311,19 +371,28 @@ def arguments(cell, lengths=False, backend="auto", dtype=torch.float32, projecte
         "backend": backend,
         "save": True,
     }
-    given = torch.tensor([2, 6, 0]) if lengths else None
-    return (x, [*tensors(hx), *ours._flat_weights], given), said
+    given = torch.tensor([2, 6, 0]) if lengths is True else None
+    sizes = None
+    if lengths == "packed":
+        x, sizes = torch.randn(9, I, dtype=dtype).requires_grad_(), torch.tensor([3, 3, 2, 1])
+    return (x, [*tensors(hx), *ours._flat_weights], given, sizes), said
 
 
 LAYERS = {
     "plain": {},
     "bidirectional": {"bidirectional": True, "batch_first": True},
     "lengths": {"lengths": True, "bidirectional": True},
+    "packed": {"lengths": "packed", "bidirectional": True},
     "no bias, our engine": {"bias": False, "backend": "torch"},
     "our engine, batch first": {"batch_first": True, "backend": "torch"},
     "kernels": {"backend": "triton", "batch_first": True, "bidirectional": True},
     "float64": {"dtype": torch.float64},
 }
+
+
+each_way = pytest.mark.parametrize(
+    "lengths", [False, True, "packed"], ids=["padded", "lengths", "packed"]
+)
 
 
 @each_cell
@@ -334,19 +403,19 @@ def test_opcheck(cell, config):
     torch.library.opcheck(torch.ops.fused_rnn.layer.default, args, said)
     with torch.no_grad():
         output, *state_n, kept = torch.ops.fused_rnn.layer(*args, **said)
-    x, weights, lengths = args
+    x, weights, lengths, sizes = args
     del said["save"]
     leaves = [t.detach() for t in weights]
     for needs in ([True] * (1 + len(leaves)), [False, *[True] * len(leaves)]):
         d_outputs = [torch.randn_like(output), *([None] * len(state_n))]
         torch.library.opcheck(
             torch.ops.fused_rnn.layer_backward.default,
-            (d_outputs, x.detach(), leaves, lengths, output, kept),
+            (d_outputs, x.detach(), leaves, lengths, sizes, output, kept),
             {**said, "needs": needs},
         )
 
 
-@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
+@each_way
 def test_opcheck_of_a_projection(lengths):
     args, said = arguments("lstm", lengths, projected=True, bidirectional=True)
     torch.library.opcheck(torch.ops.fused_rnn.layer.default, args, said)
@@ -354,16 +423,16 @@ def test_opcheck_of_a_projection(lengths):
 
 def of_leaves(args, said):
     """The op as a function of its leaves; and the leaves."""
-    x, weights, lengths = args
+    x, weights, lengths, sizes = args
 
     def f(x, *weights):
-        return tuple(torch.ops.fused_rnn.layer(x, list(weights), lengths, **said)[:-1])
+        return tuple(torch.ops.fused_rnn.layer(x, list(weights), lengths, sizes, **said)[:-1])
 
     return f, (x.detach().requires_grad_(), *(w.detach().requires_grad_() for w in weights))
 
 
 @each_cell
-@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
+@each_way
 def test_derivatives_of_the_op(cell, lengths):
     f, leaves = of_leaves(*arguments(cell, lengths, dtype=torch.float64, bidirectional=True))
     check = {"fast_mode": True, "check_batched_grad": True}
@@ -371,7 +440,7 @@ def test_derivatives_of_the_op(cell, lengths):
     assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
+@each_way
 def test_derivatives_of_the_op_with_a_projection(lengths):
     f, leaves = of_leaves(*arguments("lstm", lengths, dtype=torch.float64, projected=True))
     assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
