@@ -1,12 +1,12 @@
 """An existing model, with this library's modules in place of torch.nn's."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, Backend
 from .modules import GRU, LSTM, RNN
 
 PAIRS: tuple[tuple[type[nn.RNNBase], type[nn.RNNBase]], ...] = (
@@ -41,7 +41,9 @@ class Conversions(tuple[Conversion, ...]):
     __repr__ = __str__
 
 
-def convert(model: nn.Module, *, to: str = "rnn", backend: str = "auto") -> Conversions:
+def convert(
+    model: nn.Module, *, to: Literal["rnn", "torch"] = "rnn", backend: Backend = "auto"
+) -> Conversions:
     """Make every torch.nn.RNN, GRU and LSTM in a model one of this library, or the other way.
 
     A module stays the object that it is and changes its class. So everything that is known of it

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import autocast_enabled, needs_plain_operations, run
 from .cells import CELLS
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, Backend
 from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
 from .layer import Spec
 from .rows import Rows
 from .torch_path import can_pack
+
+S = TypeVar("S")  # the type of a module's state: Tensor, or of an LSTM the pair
 
 
 class Mode(NamedTuple):
@@ -82,12 +84,12 @@ class Prepared(NamedTuple):
     unbatched: bool = False
 
 
-class Recurrent(torch.nn.RNNBase):
+class Recurrent(torch.nn.RNNBase, Generic[S]):
     """The base of rnn.RNN, rnn.GRU and rnn.LSTM, as torch.nn.RNNBase is of torch.nn's."""
 
-    backend = "auto"  # of instances that were pickled as torch.nn's
+    backend: Backend = "auto"  # of instances that were pickled as torch.nn's
 
-    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, mode: str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         super().__init__(mode, *args, **kwargs)
@@ -128,6 +130,16 @@ class Recurrent(torch.nn.RNNBase):
         for name in self._flat_weights_names:
             setattr(twin, name, getattr(self, name))
         return twin.train(self.training)
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: S | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, S]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: S | None = None, *, lengths: None = None
+    ) -> tuple[PackedSequence, S]: ...
 
     @skipped_by_compile
     def forward(
@@ -179,6 +191,20 @@ class Recurrent(torch.nn.RNNBase):
             output = output.squeeze(0 if p.batch_first else 1)
             state_n = tuple(s.squeeze(1) for s in state_n)
         return output, state_n if len(state_n) > 1 else state_n[0]
+
+    if TYPE_CHECKING:  # of torch.nn.Module it is Any
+
+        @overload
+        def __call__(
+            self, input: Tensor, hx: S | None = None, *, lengths: Tensor | None = None
+        ) -> tuple[Tensor, S]: ...
+
+        @overload
+        def __call__(
+            self, input: PackedSequence, hx: S | None = None, *, lengths: None = None
+        ) -> tuple[PackedSequence, S]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _prepare(
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
