@@ -175,6 +175,8 @@ class Recurrent(torch.nn.RNNBase, Generic[S]):
                 "call_module", path, (input,), {k: v for k, v in given.items() if v is not None}
             )
         p = self._prepare(input, hx, lengths)
+        if type(self).check_forward_args is not Recurrent.check_forward_args:
+            self._check_as_the_subclass_asks(p)
         in_pytorch = self.why_pytorchs_operator(p)
         output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
@@ -222,9 +224,9 @@ class Recurrent(torch.nn.RNNBase, Generic[S]):
                 state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
             return Prepared(x, False, state0, batch, None, input)
         if input.dim() not in (2, 3):
-            raise ValueError(
-                f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
+            name, kind = self.mode.split("_")[0], f"{input.dim()}D"
+            kind += " tensor" if name == "RNN" else ""
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {kind} instead")
         x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
         self.check_input(x, None)
         T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
@@ -237,6 +239,27 @@ class Recurrent(torch.nn.RNNBase, Generic[S]):
             check_lengths(lengths, T, batch)
             lengths = own_lengths(lengths, T, x.device)
         return Prepared(x, self.batch_first, state0, batch, lengths, None, input.dim() == 2)
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Check an input and its states, h0 or (h0, c0), as torch.nn's method of this name does.
+        forward calls that of a subclass, after its own checks."""
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        if self.mode != "LSTM":
+            self.check_hidden_size(hidden, expected)
+            return
+        cell_size = (*expected[:2], self.hidden_size)
+        self.check_hidden_size(hidden[0], expected, "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(hidden[1], cell_size, "Expected hidden[1] size {}, got {}")
+
+    def _check_as_the_subclass_asks(self, p: Prepared) -> None:
+        layers, widths = self.num_layers * self.directions, (self.proj_size, 0)
+        state0 = p.state0 or tuple(
+            p.x.new_zeros(layers, p.batch, width or self.hidden_size)
+            for width in widths[: CELLS[self.cell].states]
+        )
+        batch_sizes = None if p.packed is None else p.packed.batch_sizes
+        self.check_forward_args(p.x, state0 if len(state0) > 1 else state0[0], batch_sizes)
 
     def _check_states(
         self, x: Tensor, hx: State | None, batch: int, dim: int
