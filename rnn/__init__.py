@@ -10,6 +10,7 @@ if not (_folder / "kernels").is_dir():
     __path__.append(str(_folder.parent))
 
 from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
+from .convert import convert
 from .functional import recurrence
 from .modules import GRU, LSTM, RNN, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
@@ -23,6 +24,7 @@ __all__ = [
     "ManyToOne",
     "OneToMany",
     "OneToOne",
+    "convert",
     "explain",
     "recurrence",
 ]

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS, Cell
-from .dispatch import choose
+from .dispatch import Backend, choose
 from .kernels.plan import NoPlan
 from .recurrent import Recurrent, compute_dtype
 
 
-class RNN(Recurrent):
+class RNN(Recurrent[Tensor]):
     """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
     torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
 
@@ -35,7 +35,7 @@ class RNN(Recurrent):
         (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
         _refuse_projection(kwargs)
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
@@ -43,11 +43,11 @@ class RNN(Recurrent):
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, backend=backend, **kwargs)
         self.nonlinearity = nonlinearity
 
 
-class GRU(Recurrent):
+class GRU(Recurrent[Tensor]):
     """A stack of gated recurrent units, in place of torch.nn.GRU:
 
         r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -69,12 +69,12 @@ class GRU(Recurrent):
         (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
         _refuse_projection(kwargs)
-        super().__init__("GRU", *args, **kwargs)
+        super().__init__("GRU", *args, backend=backend, **kwargs)
 
 
-class LSTM(Recurrent):
+class LSTM(Recurrent[tuple[Tensor, Tensor]]):
     """A stack of long short-term memory layers, in place of torch.nn.LSTM:
 
         i, f, o = sigmoid(W_i. x_t + b_i. + W_h. h_{t-1} + b_h.)   each with weights of its own
@@ -97,8 +97,8 @@ class LSTM(Recurrent):
         (torch.Size([3, 6, 7]), torch.Size([1, 3, 7]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, backend=backend, **kwargs)
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:

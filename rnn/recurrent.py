@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import autocast_enabled
 from .cells import CELLS
-from .dispatch import BACKENDS
+from .dispatch import BACKENDS, Backend
 from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
 from .layer import Spec
 from .operators import Stack, run_stack, why_faster
 from .run import can_be_op, needs_plain_operations, run
+
+S = TypeVar("S")  # the type of a module's state: Tensor, or of an LSTM the pair
 
 
 class Mode(NamedTuple):
@@ -92,12 +94,12 @@ def have_own_operators(tensors: tuple[Any, ...]) -> bool:
     return any(getattr(own, "__func__", own) not in (common[0].__func__, common[1]) for own in owns)
 
 
-class Recurrent(torch.nn.RNNBase):
+class Recurrent(torch.nn.RNNBase, Generic[S]):
     """The base of rnn.RNN, rnn.GRU and rnn.LSTM, as torch.nn.RNNBase is of torch.nn's."""
 
-    backend = "auto"  # of instances that were pickled as torch.nn's
+    backend: Backend = "auto"  # of instances that were pickled as torch.nn's
 
-    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, mode: str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         super().__init__(mode, *args, **kwargs)
@@ -135,10 +137,20 @@ class Recurrent(torch.nn.RNNBase):
             setattr(twin, name, getattr(self, name))
         return twin.train(self.training)
 
+    @overload
+    def forward(
+        self, input: Tensor, hx: S | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, S]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: S | None = None, *, lengths: None = None
+    ) -> tuple[PackedSequence, S]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: State | None = None,
+        hx: Any = None,
         *,
         lengths: Tensor | None = None,
     ) -> tuple[Any, Any]:
@@ -174,6 +186,8 @@ class Recurrent(torch.nn.RNNBase):
         ):
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths)
         p = self._prepare(input, hx, lengths)
+        if type(self).check_forward_args is not Recurrent.check_forward_args:
+            self._check_as_the_subclass_asks(p)
         in_pytorch = bool(self.why_pytorchs_operator(p)) and not self._projects_in_a_graph(p)
         output: Any
         output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
@@ -190,6 +204,20 @@ class Recurrent(torch.nn.RNNBase):
             output = output.squeeze(0 if p.batch_first else 1)
             state_n = tuple(s.squeeze(1) for s in state_n)
         return output, state_n if len(state_n) > 1 else state_n[0]
+
+    if TYPE_CHECKING:  # of torch.nn.Module it is Any
+
+        @overload
+        def __call__(
+            self, input: Tensor, hx: S | None = None, *, lengths: Tensor | None = None
+        ) -> tuple[Tensor, S]: ...
+
+        @overload
+        def __call__(
+            self, input: PackedSequence, hx: S | None = None, *, lengths: None = None
+        ) -> tuple[PackedSequence, S]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _prepare(
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
@@ -216,9 +244,9 @@ class Recurrent(torch.nn.RNNBase):
                 state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
             return Prepared(x, False, state0, batch, weights, None, input)
         if input.dim() not in (2, 3):
-            raise ValueError(
-                f"{self._get_name()}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-            )
+            name, kind = self.mode.split("_")[0], f"{input.dim()}D"
+            kind += " tensor" if name == "RNN" else ""
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {kind} instead")
         x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
         self.check_input(x, None)
         T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
@@ -233,6 +261,27 @@ class Recurrent(torch.nn.RNNBase):
             lengths = own_lengths(lengths, T, x.device)
         unbatched = input.dim() == 2
         return Prepared(x, self.batch_first, state0, batch, weights, lengths, None, unbatched)
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Check an input and its states, h0 or (h0, c0), as torch.nn's method of this name does.
+        forward calls that of a subclass, after its own checks."""
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        if self.mode != "LSTM":
+            self.check_hidden_size(hidden, expected)
+            return
+        cell_size = (*expected[:2], self.hidden_size)
+        self.check_hidden_size(hidden[0], expected, "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(hidden[1], cell_size, "Expected hidden[1] size {}, got {}")
+
+    def _check_as_the_subclass_asks(self, p: Prepared) -> None:
+        layers, widths = self.num_layers * self.directions, (self.proj_size, 0)
+        state0 = p.state0 or tuple(
+            p.x.new_zeros(layers, p.batch, width or self.hidden_size)
+            for width in widths[: CELLS[self.cell].states]
+        )
+        batch_sizes = None if p.packed is None else p.packed.batch_sizes
+        self.check_forward_args(p.x, state0 if len(state0) > 1 else state0[0], batch_sizes)
 
     def _check_states(
         self, x: Tensor, hx: State | None, batch: int, dim: int
@@ -400,4 +449,4 @@ def _packed_rows_run_outside_of_graphs(
     module: Recurrent, input: PackedSequence, hx: State | None, lengths: Tensor | None
 ) -> tuple[Any, Any]:
     """Of a PackedSequence whose number of sequences is data: a graph cannot make its states."""
-    return module.forward(input, hx, lengths=lengths)
+    return module.forward(input, hx, lengths=lengths)  # type: ignore[arg-type]  # it is refused

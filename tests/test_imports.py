@@ -82,4 +82,4 @@ def test_without_triton():
 
 def test_the_public_face():
     patterns = ["EncoderDecoder", "ManyToMany", "ManyToOne", "OneToMany", "OneToOne"]
-    assert rnn.__all__ == ["GRU", "LSTM", "RNN", *patterns, "explain", "recurrence"]
+    assert rnn.__all__ == ["GRU", "LSTM", "RNN", *patterns, "convert", "explain", "recurrence"]

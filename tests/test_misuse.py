@@ -114,6 +114,71 @@ def test_misuse_raises_what_torch_raises(misuse, cell, backend):
         assert all(p.shape == before[n].shape for n, p in ours.state_dict().items())
 
 
+WORDED = [
+    *("4-D input", "1-D input", "0-D input", "features", "features, unbatched"),
+    *("hx batch", "hx layers", "hx features", "hx 2-D", "hx 4-D", "hx 3-D, unbatched"),
+    *("hx features, unbatched", "c0 features", "c0 2-D", "packed hx batch", "packed features"),
+]
+
+
+@each_cell
+@pytest.mark.parametrize("misuse", WORDED)
+def test_wrong_dimensions_in_the_words_of_torch(misuse, cell):
+    if misuse.startswith("c0") and cell != "lstm":
+        misuse = misuse.replace("c0", "hx")
+    if misuse.startswith("packed") and cell == "lstm":
+        pytest.skip("torch.nn.LSTM leaves a packed input to its operator, which names matrices")
+    theirs, ours = twins(cell)
+    with pytest.raises((ValueError, RuntimeError)) as expected:
+        MISUSE[misuse](theirs)
+    with pytest.raises(expected.type) as got:
+        MISUSE[misuse](ours)
+    assert str(got.value) == str(expected.value)
+
+
+@each_cell
+@pytest.mark.parametrize("config", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_check_forward_args_of_a_subclass_is_called(cell, config):
+    """With the arguments that torch.nn gives it."""
+    calls = []
+
+    class Checked:
+        def check_forward_args(self, input, hidden, batch_sizes):
+            calls[-1].append((input, hidden, batch_sizes))
+            super().check_forward_args(input, hidden, batch_sizes)
+            if input.dim() == 3 and input.size(1) == 2:
+                raise ValueError("not two rows")
+
+    for module in twins(cell, **config):
+        module.__class__ = type("Own", (Checked, type(module)), {})
+        calls.append([])
+        layers = 4 if config else 1
+        module(X)
+        module(X, state(module, layers, 3, H))
+        module(X[:, 0])
+        if cell != "lstm":  # torch.nn's does not call it for a packed sequence
+            module(PACKED)
+        with pytest.raises(ValueError, match="not two rows"):
+            module(X[:, :2])
+    for expected, got in zip(*calls, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@each_cell
+def test_check_forward_args_called_alone(cell):
+    theirs, ours = twins(cell)
+    for size in ((1, 3, H), (1, 2, H), (1, 3, H + 1)):
+        hidden = state(ours, *size)
+        if size == (1, 3, H):
+            ours.check_forward_args(X, hidden, None)
+            continue
+        with pytest.raises(RuntimeError) as expected:
+            theirs.check_forward_args(X, hidden, None)
+        with pytest.raises(RuntimeError) as got:
+            ours.check_forward_args(X, hidden, None)
+        assert str(got.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("cell", [c for c in CELLS if c != "lstm"])
 @pytest.mark.parametrize("size", [0, 2])
 def test_projections_are_for_lstm(cell, size):
