@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.runtime.jit import constexpr_function
 
+from .products import round_tf32
 from .steps import (
     add,
     at_step,
@@ -111,9 +112,10 @@ def gates_layout(BLOCK_S, BLOCK_B, WARPS, CTAS):
 
 
 @constexpr_function
-def copies_layout(BLOCK_S, BLOCK_B, WARPS, CTAS):
-    """Of (rows, units), for copies from device memory: each thread has one piece of a row."""
-    vector = max(2, min(8, BLOCK_S * BLOCK_B // (32 * WARPS)))
+def copies_layout(BLOCK_S, BLOCK_B, WARPS, BITS, CTAS):
+    """Of (rows, units), for copies from device memory: each thread has one piece of a row, of 4 to
+    16 bytes."""
+    vector = max(32 // BITS, min(128 // BITS, BLOCK_S * BLOCK_B // (32 * WARPS)))
     across = BLOCK_S // vector  # threads
     lanes = min(32, across)
     warps = min(WARPS, across // lanes)
@@ -250,7 +252,7 @@ def load_weights_forward(
     BITS: gl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 32 // BITS)
     ROWS: gl.constexpr = CTAS * BLOCK_S * (1 if GATES == 1 else 4)
-    CHUNKS: gl.constexpr = CTAS * BLOCK_S // CHUNK
+    CHUNKS: gl.constexpr = (H + CHUNK - 1) // CHUNK
     row = gl.arange(0, ROWS, gl.SliceLayout(1, OPERAND))[:, None]
     if GATES == 1:
         row_ptrs = weight_ptr + unit_of(row) * H
@@ -313,10 +315,17 @@ def allocate_operands(
     for i in gl.static_range(COUNT):
         tile = gl.allocate_shared_memory(dtype, [BLOCK_B, CTAS * BLOCK_S], SPLIT)
         written += (tile.permute((1, 0)),)
-        if CTAS > 1:
-            tile = tile.reinterpret(dtype, [BLOCK_B, BLOCK_S], OWN)
-        read += (tile.permute((1, 0)),)
+        read += (tile.reinterpret(dtype, [1, BLOCK_B, BLOCK_S], OWN),)
     return written, read
+
+
+@gluon.jit
+def as_operand(tile, dtype: gl.constexpr):
+    """Rounded to what the matrix unit takes: of float32, tf32."""
+    if dtype == gl.float32:
+        return round_tf32(tile.to(gl.float32))
+    else:
+        return tile.to(dtype)
 
 
 @gluon.jit
@@ -325,8 +334,26 @@ def put(operands, tiles):
     fence, and the barrier that the compiler puts behind the wait_group that follows, make them
     visible to it."""
     for i in gl.static_range(len(operands)):
-        operands[i].store(tiles[i].to(operands[i].dtype))
+        operands[i].store(as_operand(tiles[i], operands[i].dtype))
     fence_async_shared()
+
+
+@gluon.jit
+def unknown_zero():
+    """0, which the compiler cannot know: so that it does not keep, over the loop, a register for
+    the address of every piece of an operand, in registers that W_hh needs."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def read_of(tiles):
+    """The tiles (1, rows, units) as operands (units, rows)."""
+    operands = ()
+    for i in gl.static_range(len(tiles)):
+        operands += (tiles[i].index(unknown_zero()).permute((1, 0)),)
+    return operands
 
 
 @gluon.jit
@@ -342,11 +369,11 @@ def start_sum(weights, operands, zero):
 
 
 @constexpr_function
-def everyone_layout(STACKED, BLOCK_S, BLOCK_B, WARPS, CTAS):
+def everyone_layout(STACKED, BLOCK_S, BLOCK_B, WARPS, BITS, CTAS):
     """Of (copies, rows, units): each CTA's units in as many copies as there are CTAs. A thread has
     8 bytes or 16 in a row of the batch. Lanes that would have nothing have other copies."""
     per_warp = 4 if STACKED else 16
-    vector = min(8, per_warp)
+    vector = min(128 // BITS, per_warp)
     registers = [[0, 0, unit] for unit in powers(1, vector)]
     registers += [[0, row, 0] for row in powers(8, BLOCK_B)]
     registers += [[0, 0, unit] for unit in powers(per_warp * WARPS, BLOCK_S)]
@@ -372,14 +399,14 @@ def allocate_whole(
     SPLIT: gl.constexpr = gl.NVMMASharedLayout(BYTES, BITS, 3, False, False, spread([1, 0, 0], CTAS))
     OWN: gl.constexpr = gl.NVMMASharedLayout(BYTES, BITS, 2, False, False, spread([0, 0], CTAS))
     copies = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, WHOLE], SPLIT)
-    return copies, copies.reinterpret(dtype, [BLOCK_B, WHOLE], OWN).permute((1, 0))
+    return copies, (copies.reinterpret(dtype, [1, BLOCK_B, WHOLE], OWN),)
 
 
 @gluon.jit
-def cut(operand, CHUNK: gl.constexpr):
-    """The operand (units, rows) in pieces of CHUNK units."""
+def cut(operand, COUNT: gl.constexpr, CHUNK: gl.constexpr):
+    """COUNT pieces of the operand (units, rows), CHUNK units each."""
     pieces = ()
-    for c in gl.static_range(operand.shape[0] // CHUNK):
+    for c in gl.static_range(COUNT):
         if operand.shape[0] == CHUNK:
             pieces += (operand,)
         else:
@@ -390,7 +417,7 @@ def cut(operand, CHUNK: gl.constexpr):
 @gluon.jit
 def send_to_all(copies, h, arrived, EVERYONE: gl.constexpr):
     """Each CTA's units of h (units, rows) to every CTA, whose mbarrier counts the bytes."""
-    tile = h.to(copies.dtype).permute((1, 0))
+    tile = as_operand(h, copies.dtype).permute((1, 0))
     tile = gl.expand_dims(gl.convert_layout(tile, gl.SliceLayout(0, EVERYONE)), 0)
     async_store(copies, tile.broadcast_to(copies.shape), arrived)
 
@@ -490,7 +517,7 @@ def forward_step(
     i, h_gates, state, x_gates, ptrs, free, coming, buffers, operands, arrived, weights, params, T,
     backwards, reads, writes, zero, H: gl.constexpr, STEP: gl.constexpr, READS_H: gl.constexpr,
     APPROXIMATE: gl.constexpr, UNIT: gl.constexpr, ALIGNED: gl.constexpr, AHEAD: gl.constexpr,
-    UNITS: gl.constexpr, GATES4: gl.constexpr, EVERYONE: gl.constexpr,
+    UNITS: gl.constexpr, GATES4: gl.constexpr, EVERYONE: gl.constexpr, CHUNK: gl.constexpr,
 ):  # fmt: skip
     copy_mask, strides = reads
     mask, lengths = writes
@@ -518,7 +545,7 @@ def forward_step(
         if len(ptrs) > 2:
             store_tiles(ptrs[2], beside_h + saved, mask, H)
     await_all(i + 1, arrived)
-    product = start_sum(weights, operands, zero)
+    product = start_sum(weights, cut(read_of(operands)[0], len(weights), CHUNK), zero)
     # While the matrix unit works, the rest: nothing below has to do with the next step's h_gates.
     if arrived is None:
         gl.store(ptrs[1], output, mask=mask)
@@ -581,8 +608,8 @@ def forward_kernel(
     MMA: gl.constexpr = accumulator_layout(BLOCK_B, WARPS, BITS, CTAS)
     UNITS: gl.constexpr = units_layout(STACK == 4, BLOCK_S, BLOCK_B, WARPS, CTAS)
     GATES4: gl.constexpr = gates_layout(BLOCK_S, BLOCK_B, WARPS, CTAS) if STACK == 4 else None
-    EVERYONE: gl.constexpr = everyone_layout(STACK == 4, BLOCK_S, BLOCK_B, WARPS, CTAS)
-    COPIES: gl.constexpr = copies_layout(BLOCK_S, BLOCK_B, WARPS, CTAS)
+    EVERYONE: gl.constexpr = everyone_layout(STACK == 4, BLOCK_S, BLOCK_B, WARPS, BITS, CTAS)
+    COPIES: gl.constexpr = copies_layout(BLOCK_S, BLOCK_B, WARPS, BITS, CTAS)
     ALIGNED: gl.constexpr = H * BITS % 32 == 0 and UNIT * BITS % 32 == 0
     direction = gl.program_id(1)
     backwards = direction ^ reverse
@@ -628,20 +655,20 @@ def forward_kernel(
         even, even_operands = allocate_operands(dtype, BLOCK_S, BLOCK_B, 1, 1)
         odd, odd_operands = allocate_operands(dtype, BLOCK_S, BLOCK_B, 1, 1)
         buffers = (even, odd)
-        operands = (cut(even_operands[0], CHUNK), cut(odd_operands[0], CHUNK))
+        operands = (even_operands, odd_operands)
         arrived = (None, None)
     else:
         even, even_operand = allocate_whole(dtype, BLOCK_S, BLOCK_B, CTAS)
         odd, odd_operand = allocate_whole(dtype, BLOCK_S, BLOCK_B, CTAS)
         buffers = ((even,), (odd,))
-        operands = (cut(even_operand, CHUNK), cut(odd_operand, CHUNK))
+        operands = (even_operand, odd_operand)
         arrivals = allocate_arrivals(CTAS)
         arrived = (arrivals.index(0), arrivals.index(1))
     zero = gl.zeros([CTAS * STACK * BLOCK_S, BLOCK_B], gl.float32, MMA)
     pass_on(0, state[0], buffers[0], arrived[0], EVERYONE)
     async_copy.wait_group(AHEAD - 1)
     await_all(0, arrived[0])
-    product = start_sum(weights, operands[0], zero)
+    product = start_sum(weights, cut(read_of(operands[0])[0], len(weights), CHUNK), zero)
     x_gates = take(slots[0], 0, GATES, UNITS)
     h_gates = gates_of(product, UNITS, GATES4)
     rest = T % AHEAD
@@ -651,7 +678,7 @@ def forward_kernel(
                 i + k, h_gates, state, x_gates, ptrs, slots[k], slots[(k + 1) % AHEAD],
                 buffers[(k + 1) % 2], operands[(k + 1) % 2], arrived[(k + 1) % 2], weights, params,
                 T, backwards, reads, writes, zero, H, STEP, READS_H, APPROXIMATE, UNIT, ALIGNED,
-                AHEAD, UNITS, GATES4, EVERYONE,
+                AHEAD, UNITS, GATES4, EVERYONE, CHUNK,
             )  # fmt: skip
     for k in gl.static_range(AHEAD - 1):
         if k < rest:
@@ -659,7 +686,7 @@ def forward_kernel(
                 T - rest + k, h_gates, state, x_gates, ptrs, slots[k], slots[(k + 1) % AHEAD],
                 buffers[(k + 1) % 2], operands[(k + 1) % 2], arrived[(k + 1) % 2], weights, params,
                 T, backwards, reads, writes, zero, H, STEP, READS_H, APPROXIMATE, UNIT, ALIGNED,
-                AHEAD, UNITS, GATES4, EVERYONE,
+                AHEAD, UNITS, GATES4, EVERYONE, CHUNK,
             )  # fmt: skip
     async_copy.wait_group(0)
     for s in gl.static_range(len(state)):
@@ -747,7 +774,7 @@ def backward_step(
         d_params_step = zero_where_not(active, d_params_step)
     put(buffers, d_h_gates)
     async_copy.wait_group(AHEAD - 2)
-    product = start_sum(weights, operands, zero)
+    product = start_sum(weights, read_of(operands), zero)
     # While the matrix unit works, the rest.
     if len(write_ptrs) > 0:
         store_tiles(write_ptrs[0], d_x_gates, mask, H)
@@ -831,7 +858,7 @@ def backward_kernel(
     else:
         UNITS: gl.constexpr = even_layout(BLOCK_S, BLOCK_B, WARPS, CTAS)
     PARTS: gl.constexpr = parts_layout(UNITS, BLOCK_S, BLOCK_B, CTAS)
-    COPIES: gl.constexpr = copies_layout(BLOCK_S, BLOCK_B, WARPS, CTAS)
+    COPIES: gl.constexpr = copies_layout(BLOCK_S, BLOCK_B, WARPS, BITS, CTAS)
     ALIGNED: gl.constexpr = H * BITS % 32 == 0 and UNIT * BITS % 32 == 0
     STATES: gl.constexpr = len(state0_ptrs)
     SAVED: gl.constexpr = STORED - (STATES - 1)
