@@ -46,20 +46,22 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.jit import constexpr_function
 
-from .hopper_tiles import as_operand, operand_layout, powers, spread
+from .hopper_tiles import as_operand, operand_layout, powers, seen_as, spread
 
-async_store = getattr(hopper, "async_store", None)  # since Triton 3.8
-cluster = getattr(hopper, "cluster", None)  # since Triton 3.8
-AVAILABLE = async_store is not None and hasattr(gl.shared_memory_descriptor, "reinterpret")
+# What Triton 3.6 and 3.7 lack is None there, so that the kernels of one CTA compile with them.
+async_store = getattr(hopper, "async_store", None)
+allocate_mbarrier = getattr(mbarrier, "allocate_mbarrier", None)
+cluster_barrier = getattr(getattr(hopper, "cluster", None), "barrier", None)
+AVAILABLE = None not in (async_store, allocate_mbarrier, cluster_barrier)
 
 
 @gluon.jit
 def allocate_arrivals():
     """The two mbarriers of each CTA. When this returns, all CTAs of the cluster have begun."""
-    arrivals = mbarrier.allocate_mbarrier(batch=2)
+    arrivals = allocate_mbarrier(batch=2)
     for k in gl.static_range(2):
         mbarrier.init(arrivals.index(k), count=1)
-    cluster.barrier()
+    cluster_barrier()
     return arrivals.index(0), arrivals.index(1)
 
 
@@ -100,7 +102,7 @@ def allocate_h(dtype: gl.constexpr, WHOLE: gl.constexpr, BLOCK_B: gl.constexpr, 
     SPLIT: gl.constexpr = operand_layout(WHOLE, BITS, [1, 0, 0], CTAS)
     OWN: gl.constexpr = operand_layout(WHOLE, BITS, [0, 0], CTAS)
     copies = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, WHOLE], SPLIT)
-    return copies, copies.reinterpret(dtype, [1, BLOCK_B, WHOLE], OWN)
+    return copies, seen_as(copies, [1, BLOCK_B, WHOLE], OWN)
 
 
 @gluon.jit
@@ -135,13 +137,17 @@ def parts_layout(UNITS, BLOCK_S, BLOCK_B, CTAS):
     )
 
 
+@constexpr_function
+def row_major_layout(STEP, CTAS):
+    order = list(range(len(STEP)))[::-1]
+    return gl.SwizzledSharedLayout(1, 1, 1, order, cga_layout=spread(STEP, CTAS))
+
+
 @gluon.jit
 def allocate_parts(BLOCK_S: gl.constexpr, BLOCK_B: gl.constexpr, CTAS: gl.constexpr):
     """Shared memory for what all CTAs add to the units of each. The four elements that a thread of
     the accumulator has of 16 rows lie side by side: they are sent in one piece."""
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(
-        1, 1, 1, [6, 5, 4, 3, 2, 1, 0], cga_layout=spread([1, 0, 0, 0, 0, 0, 0], CTAS)
-    )
+    SHARED: gl.constexpr = row_major_layout([1, 0, 0, 0, 0, 0, 0], CTAS)
     shape: gl.constexpr = [CTAS, CTAS, BLOCK_S // 16, 8, BLOCK_B // 2, 2, 2]
     return gl.allocate_shared_memory(gl.float32, shape, SHARED)
 

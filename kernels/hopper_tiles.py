@@ -21,8 +21,9 @@ from triton.runtime.jit import constexpr_function
 
 from .products import round_tf32
 
-# Triton 3.9 has renamed it.
+# Triton 3.9 has renamed both.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 # --------------------------------------------------------------------------------------- layouts
 
@@ -113,6 +114,12 @@ def copies_layout(BLOCK_S, BLOCK_B, WARPS, BITS, CTAS):
         [1, 0],
         cga_layout=spread([0, 1], CTAS),
     )
+
+
+@constexpr_function
+def slot_layout(BITS, CTAS):
+    """Of what copies_layout copies; swizzled, since it is read unit by unit."""
+    return gl.SwizzledSharedLayout(128 // BITS, 1, 8, [1, 0], cga_layout=spread([0, 1], CTAS))
 
 
 @constexpr_function
@@ -208,10 +215,7 @@ def allocate_slots(
 ):
     """AHEAD slots of COUNT tiles (rows, units) in shared memory, each an allocation of its own, so
     that the compiler sees that they do not overlap."""
-    VECTOR: gl.constexpr = 128 // dtype.primitive_bitwidth
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(
-        VECTOR, 1, 8, [1, 0], cga_layout=spread([0, 1], CTAS)
-    )
+    SHARED: gl.constexpr = slot_layout(dtype.primitive_bitwidth, CTAS)
     slots = ()
     for _ in gl.static_range(AHEAD):
         tiles = ()
@@ -325,6 +329,16 @@ def columns_of_weights(
 
 
 @gluon.jit
+def seen_as(shared, shape: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory in another shape and layout."""
+    if REINTERPRET:
+        seen = shared.reinterpret(shared.dtype, shape, LAYOUT)
+    else:
+        seen = shared._reinterpret(shared.dtype, shape, LAYOUT)
+    return seen
+
+
+@gluon.jit
 def allocate_operands(
     dtype: gl.constexpr,
     BLOCK_S: gl.constexpr,
@@ -343,7 +357,7 @@ def allocate_operands(
         tile = gl.allocate_shared_memory(dtype, [1, BLOCK_B, CTAS * BLOCK_S], SPLIT)
         written += (tile.index(0).permute((1, 0)),)
         if CTAS > 1:
-            tile = tile.reinterpret(dtype, [1, BLOCK_B, BLOCK_S], OWN)
+            tile = seen_as(tile, [1, BLOCK_B, BLOCK_S], OWN)
         read += (tile,)
     return written, read
 
