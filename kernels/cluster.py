@@ -32,8 +32,8 @@ exchange 2n or 2n + 1. Why this is right:
 - Nothing is overwritten that is still read. Forward: every warp of a CTA sends its units of
   exchange i + 1 when its product with the buffer of exchange i is finished. Backward: the sum is
   read from the buffer of exchange i before the barrier that lets the next product begin, and that
-  product is what is sent as exchange i + 1. In both, exchange i + 2 into the same buffer comes after
-  exchange i + 1 has come from all.
+  product is what is sent as exchange i + 1. In both, exchange i + 2 into the same buffer comes
+  after exchange i + 1 has come from all.
 - A parity names the phase. No thread can be two phases late, since the next phase needs the part
   of its own CTA, sent after the wait.
 - End. Every CTA waits for all that is sent to it, so none exits while bytes are on their way to it.
@@ -168,6 +168,4 @@ def sum_of_parts(parts, PARTS: gl.constexpr, UNITS: gl.constexpr):
     """The sum over the senders: (units, rows)."""
     WHOLE: gl.constexpr = parts.shape[0] * parts.shape[2] * 16
     tile = gl.sum(parts.load(PARTS), 1).permute((0, 1, 2, 5, 3, 4))
-    return gl.convert_layout(
-        tile.reshape([WHOLE, parts.shape[4] * 2]), UNITS, assert_trivial=True
-    )
+    return gl.convert_layout(tile.reshape([WHOLE, parts.shape[4] * 2]), UNITS, assert_trivial=True)
