@@ -37,6 +37,7 @@ from .hopper_tiles import (
     take,
     units_layout,
     walk,
+    within,
 )
 from .recurrence import RUNTIME_BACKWARD
 from .steps import (
@@ -129,7 +130,10 @@ def backward_step(
         d_x_gates = zero_where_not(active, d_x_gates)
         d_h_gates = zero_where_not(active, d_h_gates)
         d_params_step = zero_where_not(active, d_params_step)
-    put(buffer, d_h_gates)
+    operand = ()
+    for gate in gl.static_range(len(d_h_gates)):
+        operand += (within(d_h_gates[gate], mask, H),)
+    put(buffer, operand)
     async_copy.wait_group(AHEAD - 2)
     pieces = ()
     for gate in gl.static_range(len(operands)):
