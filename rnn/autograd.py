@@ -256,7 +256,8 @@ def run(
     """A layer on tensors that were checked before: output and the last states."""
     cell, S = CELLS[spec.cell], CELLS[spec.cell].states
     hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
-    plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
+    how = spec.directions, x.dtype, x.device, spec.sizes is not None
+    plan = dispatch.choose(backend, cell, hidden, batch, *how)
     if needs_plain_operations(spec.cell, plan, (x, *tensors)):
         if backend == "triton":
             raise RuntimeError(
