@@ -1,7 +1,7 @@
 """What compiled code says of itself: text of Triton's IR, of SASS or of amdgcn -> figures.
 
-Pure functions: no compiler, no file, no tool. A loop's figures are those of one
-iteration, which is one time step.
+Pure functions: no compiler, no file, no tool. A loop's figures are those of one iteration, which
+may make several time steps.
 """
 
 import math
@@ -34,6 +34,7 @@ class IrLoop(NamedTuple):
     multiply_adds: int  # of the products
     shared_bytes: int  # of their operands that lie in shared memory, each read once
     bits: int  # of an operand's element
+    sent_bytes: int  # into the shared memory of the cluster's CTAs, by each
 
 
 def parse_ttgir(text: str) -> IrLoop:
@@ -43,9 +44,11 @@ def parse_ttgir(text: str) -> IrLoop:
     """
     lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
     start, end = time_loop(lines)
+    found = re.search(r'"ttg.num-ctas" = (\d+)', text)
+    ctas = int(found[1]) if found else 1  # of a cluster: a product has the rows of all
     values: dict[str, Value] = {}  # what is known of each name
     loads, places = [], set()
-    multiply_adds = shared_bytes = bits = 0
+    multiply_adds = shared_bytes = bits = sent_bytes = 0
 
     for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
         inside = start < number < end
@@ -70,6 +73,7 @@ def parse_ttgir(text: str) -> IrLoop:
             if inside:
                 left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
                 *batch, rows, depth = map(int, left[0].split("x")[:-1])
+                rows //= ctas
                 columns, bits = int(right[0].split("x")[-2]), int(left[1])
                 depth *= math.prod(batch)  # of several products at once
                 multiply_adds += rows * columns * depth
@@ -83,6 +87,12 @@ def parse_ttgir(text: str) -> IrLoop:
         elif operands and operation.startswith(("ttg.local_load", "ttng.tmem_load")):
             if not inside:
                 operands[0] = operands[0]._replace(place="registers")
+        elif operands and operation.startswith("ttg.local_store"):
+            if operands[0].argument == WEIGHTS:
+                values[names[1]] = operands[0]._replace(place="shared memory")
+        elif inside and operation.startswith("ttng.async_shared_store"):
+            shape, size = OPERAND.findall(operation.partition(" : ")[2])[0]
+            sent_bytes += math.prod(map(int, shape.split("x")[:-1])) // ctas * int(size) // 8
         elif operation.startswith("arith.select"):  # the first value chooses among the others
             operands = operands[1:]
         if ":" not in results:  # made of several values, W_hh perhaps not the first
@@ -97,6 +107,7 @@ def parse_ttgir(text: str) -> IrLoop:
         multiply_adds=multiply_adds,
         shared_bytes=shared_bytes,
         bits=bits,
+        sent_bytes=sent_bytes,
     )
 
 

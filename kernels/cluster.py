@@ -52,7 +52,6 @@ from .hopper_tiles import as_operand, operand_layout, powers, seen_as, spread
 async_store = getattr(hopper, "async_store", None)
 allocate_mbarrier = getattr(mbarrier, "allocate_mbarrier", None)
 cluster_barrier = getattr(getattr(hopper, "cluster", None), "barrier", None)
-AVAILABLE = None not in (async_store, allocate_mbarrier, cluster_barrier)
 
 
 @gluon.jit

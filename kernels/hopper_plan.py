@@ -69,32 +69,24 @@ def waves(clusters: int, ctas: int, limits: Limits) -> int:
 
 
 @lru_cache(maxsize=1)
-def missing() -> str:
-    """Why this Triton lacks what the kernels are written in, or ""."""
-    try:
-        from . import hopper_backward, hopper_forward  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        return f"needs another Triton: {error}"
-    return ""
-
-
-@lru_cache(maxsize=1)
 def clusters() -> bool:
-    """Whether this Triton has clusters."""
-    from .cluster import AVAILABLE
-
-    return AVAILABLE
+    """Whether the Triton that is installed, if there is one, has what clusters need."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 
 def refusal(layer: Layer, limits: Limits) -> str:
-    """Why this engine has no plan, as the end of a sentence; "" if it can have one."""
+    """Why this engine has no plan, as the end of a sentence; "" if it may have one."""
     if limits.matrix_unit != "wgmma":
         return "is for sm_90"
     if layer.parts > 1:
         return "rounds float32 products to tf32, which is not allowed"
     if layer.packed:
         return "takes no packed rows"
-    return limits.no_hopper or missing()
+    return limits.no_hopper
 
 
 def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:

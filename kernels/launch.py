@@ -118,8 +118,10 @@ def launch_hopper(
     reads: tuple[int, ...],
     arguments: dict[str, Any],
 ) -> None:
-    from . import hopper_backward, hopper_forward  # not every Triton has what they need
-
+    try:
+        from . import hopper_backward, hopper_forward
+    except (ImportError, AttributeError) as error:  # Gluon changes from one Triton to the next
+        raise KernelUnavailable(f"Triton {triton.__version__}: {error}") from error
     if pass_name == "forward":
         how, kernel = plan.forward, hopper_forward.forward_kernel
         own: dict[str, Any] = dict(CHUNK=how.chunk)

@@ -20,7 +20,8 @@ from bench.machine_code import (
 )
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.plan import NoPlan
+from rnn.kernels.limits import NoPlan
+from rnn.kernels.plan import PortablePlan
 
 pytest.importorskip("triton")
 
@@ -32,8 +33,13 @@ JOBS = [
     *(Job(t, "gru", 384, "bfloat16", "padded") for t in NVIDIA),
     *(Job(t, "lstm", 768, "bfloat16", "packed") for t in NVIDIA),
     *(Job("sm_80", "gru", 128, dtype) for dtype in ("float32", "float32-ieee")),
+    Job("sm_90", "rnn_tanh", 256, "bfloat16"),
     Job("sm_90", "rnn_tanh", 1024, "bfloat16", "padded"),
+    Job("sm_90", "rnn_tanh", 1536, "bfloat16", "padded"),
     Job("sm_90", "rnn_relu", 201, "float16", "padded"),
+    Job("sm_90", "gru", 128, "float32"),
+    Job("sm_90", "lstm", 512, "float16", "padded"),
+    Job("sm_90", "lstm", 128, "bfloat16", "packed"),
     Job("sm_100", "gru", 64, "bfloat16"),
     Job("gfx942", "rnn_tanh", 64, "bfloat16"),
 ]
@@ -64,12 +70,16 @@ def test_resident(job, rows):
     assert [row["kernel"] for row in rows[job]] == ["forward", "backward"]
     allowed = {"forward": {"x_gates"}, "backward": {"d_output", "output", "stored"}}
     shared = {"offsets"} if job.lengths == "packed" else set()
-    shared |= {"flags", "exchange"} if plan.slices > 1 else set()
+    portable = isinstance(plan, PortablePlan)
+    shared |= {"flags", "exchange"} if portable and plan.slices > 1 else set()
     for row in rows[job]:
         assert row["verdict"] == "resident"
         assert row["spill_B"] == 0 and row["mma"] > 0 and row["bar"] > 0
         assert row["SRAM_B"] <= plan.sram
         assert set(row["loads"]) <= allowed[row["kernel"]] | shared
+        if row["engine"] == "Hopper":
+            assert row["bar"] <= (4 if row["blocks"] > 1 else 2)
+            assert (row["sent_B"] > 0) == (row["blocks"] > 1)
     assert rows[job][0]["loads"]["x_gates"] == CELLS[job.cell].gates
 
 
