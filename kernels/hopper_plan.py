@@ -16,6 +16,7 @@ CLUSTERS = (2, 4, 8, 16)  # CTAs; 16 needs a device that allows it, which the la
 EXCHANGE = 380  # clocks of a step that waits for the other CTAs
 CLUSTER_BYTES_PER_CLOCK = 32  # that a CTA sends
 K_STEP = 16  # clocks of one matrix instruction, which sums over 32 bytes of a row
+VECTOR = 16  # bytes of the widest access of one thread
 LATENCY = 800  # clocks that device memory may take to answer
 
 
@@ -97,11 +98,8 @@ def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:
         if not forward or not backward:
             continue
         tiles = -(-layer.batch // rows)
-
-        def cost(how: Pass) -> int:
-            return waves(tiles * layer.directions, how.ctas, limits) * how.clocks
-
-        f, b = min(forward, key=cost), min(backward, key=cost)
+        f = cheapest(forward, tiles * layer.directions, limits)
+        b = cheapest(backward, tiles * layer.directions, limits)
         yield HopperPlan(
             block_b=rows,
             tiles=tiles,
@@ -115,14 +113,20 @@ def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:
         )
 
 
+def cheapest(passes: list[Pass], clusters: int, limits: Limits) -> Pass:
+    return min(passes, key=lambda how: waves(clusters, how.ctas, limits) * how.clocks)
+
+
 def registers(rows: int, columns: int, num_warps: int, itemsize: int) -> int:
     """Of a thread, for a tile of W_hh."""
     return rows * columns * itemsize // (num_warps * 32 * 4)
 
 
-def most_registers(num_warps: int) -> int:
-    """That W_hh may take: a thread has 255, or 128 where there are 16 warps."""
-    return 64 if num_warps == 16 else 128
+def most_registers(layer: Layer, num_warps: int) -> int:
+    """That W_hh may take: a thread has 255, or 128 where there are 16 warps. Where a row of H units
+    is no whole number of vectors, single elements that are on their way take some of them."""
+    ragged = layer.hidden_size * layer.itemsize % VECTOR != 0
+    return 64 if num_warps == 16 or ragged else 128
 
 
 def sizes(layer: Layer, limits: Limits, least: int) -> Iterator[tuple[int, int]]:
@@ -143,28 +147,29 @@ def forward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if ragged_alone(layer, ctas, num_warps):
             continue
         chunk, held = whole, 0
-        if registers(tall, whole, num_warps, size) > most_registers(num_warps):
+        if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps):
             if num_warps == 16 or rows > 8:
                 continue
             # A third stays in registers; of more than three parts there are none for it.
             chunk = 512 // size if H <= 1536 // size else whole
             held = max(1, -(-H // chunk) - 1)
-        sram = held * tall * chunk * size
-        sram += 2 * whole * rows * size  # h
-        sram += 2 * layer.gates * block_s * rows * size + 4096  # x_gates; tiles on their way
         elements = block_s * rows / (32 * num_warps)  # of a thread, of each tile
         k_steps = (whole * size // 32) * (tall // (16 * num_warps))
-        if sram > limits.sram or (rows > 8 and elements > 8):
-            continue
         clocks = K_STEP * k_steps + (6 if stack == 1 else 35) * elements * num_warps
         clocks += 70 if ctas == 1 else EXCHANGE + whole * rows * size / CLUSTER_BYTES_PER_CLOCK
+        ahead = steps_ahead(clocks, ctas, num_warps)
+        sram = held * tall * chunk * size
+        sram += 2 * whole * rows * size  # h
+        sram += ahead * layer.gates * block_s * rows * size + 5 * 1024  # x_gates; on their way
+        if sram > limits.sram or (rows > 8 and elements > 8):
+            continue
         yield Pass(
             ctas=ctas,
             block_s=block_s,
             num_warps=num_warps,
             chunk=chunk,
             held=held,
-            ahead=steps_ahead(clocks, ctas, num_warps),
+            ahead=ahead,
             sram=sram,
             clocks=round(clocks),
         )
@@ -193,9 +198,6 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
                 continue
         if rows > 8 and (taken > 64 or num_warps == 16):
             continue
-        read = 2 + layer.stored  # tiles: the states and what is saved; d_output
-        sram = held * whole * block_s * size + 2 * gates * block_s * rows * size
-        sram += 2 * read * block_s * rows * size + 4096
         k_steps = gates * (block_s * size // 32) * (whole // (16 * num_warps))
         clocks: float = (
             K_STEP * k_steps + (32 if gates == 1 else 75 if ctas == 1 else 55) * num_warps
@@ -204,8 +206,12 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
             clocks += 50
         else:
             clocks += EXCHANGE + whole * rows * 4 / CLUSTER_BYTES_PER_CLOCK
-            sram += 2 * whole * rows * 4  # the parts of the sum
         clocks *= 0.5 + rows / 16
+        ahead = steps_ahead(clocks, ctas, num_warps)
+        sram = held * whole * block_s * size + 2 * gates * block_s * rows * size
+        # The states and what is saved, d_output; the parts of the sum.
+        sram += ahead * (2 + layer.stored) * block_s * rows * size + 5 * 1024
+        sram += 2 * whole * rows * 4 if ctas > 1 else 0
         if sram > limits.sram:
             continue
         yield Pass(
@@ -214,7 +220,7 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
             num_warps=num_warps,
             chunk=block_s,
             held=held,
-            ahead=steps_ahead(clocks, ctas, num_warps),
+            ahead=ahead,
             sram=sram,
             clocks=round(clocks),
         )
