@@ -201,6 +201,18 @@ def lower_bound(
     return bound / chip.clock, name
 
 
+def per_step(figures: Any, steps: int) -> Any:
+    """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
+    share is one still."""
+    return figures._replace(
+        **{
+            name: -(-figure // steps)
+            for name, figure in figures._asdict().items()
+            if isinstance(figure, int) and name != "bits"
+        }
+    )
+
+
 def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
@@ -214,20 +226,23 @@ def judge(row: Row, sram_limit: int) -> str:
     return "resident"
 
 
-def figures(chip: Chip, planned: Plan, compiled: Any) -> Row:
-    ir = parse_ttgir(compiled.asm["ttgir"])
+def figures(chip: Chip, planned: Plan, steps: int, compiled: Any) -> Row:
+    ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
     code, (registers, spilled) = read_code(compiled)
+    code = per_step(code, steps)
+    loads = {name: -(-n // steps) for name, n in Counter(ir.loads).items()}
     warps = compiled.metadata.num_warps
     bound, name = lower_bound(chip, planned.slices, warps, ir, code)
     row = {
         "slices": planned.slices,
+        "steps": steps,
         "tile": f"{planned.block_s}x{planned.block_b}",
         "warps": warps,
         "regs": registers,
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter(ir.loads),
+        "loads": Counter(loads),
         "instr": code.instructions,
         "mma": code.matrix,
         "bar": code.barriers,
@@ -253,7 +268,8 @@ def rows_of(job: Job, **changes: Any) -> list[Row]:
         try:
             if isinstance(kernel, Exception):
                 raise ValueError(f"{type(kernel).__name__}: {kernel}")
-            row |= figures(CHIPS[job.target], planned, kernel)
+            steps = planned.steps if row["kernel"] == "forward" else planned.steps_backward
+            row |= figures(CHIPS[job.target], planned, steps, kernel)
         except ValueError as error:  # of the compiler, or of a parser that did not find its loop
             row["verdict"] = f"not compiled or not understood: {error}".splitlines()[0]
         rows.append(row)
@@ -283,8 +299,8 @@ def rows_of_all(jobs: list[Job]) -> list[Row]:
 # ------------------------------------------------------------------------------------ output
 
 COLUMNS = (
-    "cell kernel dtype H lengths slices tile warps regs spill_B SRAM_B W_hh_in loads instr mma bar "
-    "bound_ns by verdict"
+    "cell kernel dtype H lengths slices steps tile warps regs spill_B SRAM_B W_hh_in loads instr "
+    "mma bar bound_ns by verdict"
 ).split()
 
 
@@ -327,6 +343,7 @@ def main() -> int:
     rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
     print("Figures of one block and time step; instr, mma and bar of one warp.")
+    print("steps: of time, in one iteration of the loop.")
     print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]

@@ -86,6 +86,7 @@ def launch(
                 patience=PATIENCE,
                 BLOCK_S=plan.block_s,
                 BLOCK_B=plan.block_b,
+                DIRECT=plan.direct and not INTERPRETED,  # by PTX
                 APPROXIMATE=plan.approximate,
                 PARTS=plan.parts,
                 SLICES=plan.slices,
@@ -149,6 +150,7 @@ def forward(
         READS_H=CELLS[cell.name].reads_h,
         CHUNKS=plan.chunks(H),
         PIECES=plan.pieces,
+        STEPS=plan.steps,
         STACKED=plan.stacked,
         **stride_arguments(
             x_gates=x_gates, output=output, stored=output if stored is None else stored
@@ -207,6 +209,7 @@ def backward(
         STEP_VJP=CELLS[cell.name].step_vjp,
         CHUNKS=plan.chunks(H if plan.slices == 1 else cell.gates * H),
         PIECES=plan.pieces_backward,
+        STEPS=plan.steps_backward,
         RECALLS=cell.states > 1 or CELLS[cell.name].reads_h,
         **stride_arguments(
             x_gates=output if d_x_gates is None else d_x_gates,
