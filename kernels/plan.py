@@ -198,9 +198,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
     # mma and wgmma spread a product over a warp so that single accesses still fill whole sectors.
     # Slices meet in memory anyway; tcgen05 and mfma are untried.
-    # More than one gate of 16 rows does not leave the registers for it, unless the tile is small.
-    direct = unit in ("mma", "wgmma") and not sliced
-    direct = direct and (rows == 8 or gates == 1 or block_s * itemsize <= 128)
+    # More than one gate of 16 rows leaves no registers for it.
+    direct = unit in ("mma", "wgmma") and not sliced and (rows == 8 or gates == 1)
     refusals = (
         rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
         rows < 16 and padded(H) < 128 and layer.parts == 1 and not (direct or (crowded and mma)),
