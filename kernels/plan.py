@@ -198,8 +198,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
     # mma and wgmma spread a product over a warp so that single accesses still fill whole sectors.
     # Slices meet in memory anyway; tcgen05 and mfma are untried.
-    # More than one gate of 16 rows leaves no registers for it.
-    direct = unit in ("mma", "wgmma") and not sliced and (rows == 8 or gates == 1)
+    # Higher tiles do not leave the registers for it.
+    direct = unit in ("mma", "wgmma") and not sliced and rows == 8
     refusals = (
         rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
         rows < 16 and padded(H) < 128 and layer.parts == 1 and not (direct or (crowded and mma)),
@@ -235,7 +235,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         min(num_warps, chunk // MIN_BLOCK) if sliced and height < enough else 1
         for height in (tall, block_s)
     ]
-    steps = steps_of_iteration(layer, unit, num_warps, block_s, rows, ragged) if direct else (1, 1)
+    steps = steps_of_iteration(layer, unit, num_warps, block_s, ragged) if direct else (1, 1)
     # Beside W_hh lie the operand that it is multiplied with, tiles on their way between register
     # layouts, and barriers.
     weights = block_s * chunks * chunk * itemsize * layer.parts
@@ -287,7 +287,7 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
 
 
 def steps_of_iteration(
-    layer: Layer, unit: str, num_warps: int, block_s: int, rows: int, ragged: bool
+    layer: Layer, unit: str, num_warps: int, block_s: int, ragged: bool
 ) -> tuple[int, int]:
     """Steps of time that share one read of W_hh, forward and backward. mma takes W_hh from
     registers: read there from shared memory at the beginning of an iteration, it serves every step
@@ -295,8 +295,6 @@ def steps_of_iteration(
     weights = layer.gates * block_s**2 * layer.itemsize * layer.parts // (128 * num_warps)
     if unit != "mma":  # wgmma reads W_hh from shared memory each time
         return 1, 1
-    if rows > 8:  # h takes twice the registers
-        return 1, 2 if layer.gates == 1 else 1
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
         return 4, 4
     if layer.gates == 1:
