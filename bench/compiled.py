@@ -205,6 +205,18 @@ def lower_bound(
     return bound / chip.clock, name
 
 
+def per_step(figures: Any, steps: int) -> Any:
+    """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
+    share is one still."""
+    return figures._replace(
+        **{
+            name: -(-figure // steps)
+            for name, figure in figures._asdict().items()
+            if isinstance(figure, int) and name != "bits"
+        }
+    )
+
+
 def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
@@ -224,32 +236,36 @@ def shape_of(planned: Plan, kernel: str) -> tuple[int, int, int]:
         how = planned.forward if kernel == "forward" else planned.backward
         return how.ctas, how.block_s, how.ahead
     assert isinstance(planned, PortablePlan)
-    return planned.slices, planned.block_s, 1
+    steps = planned.steps if kernel == "forward" else planned.steps_backward
+    return planned.slices, planned.block_s, steps
 
 
 def figures(chip: Chip, planned: Plan, kernel: str, compiled: Any) -> Row:
-    ir = parse_ttgir(compiled.asm["ttgir"])
-    code, (registers, spilled) = read_code(compiled)
-    warps = compiled.metadata.num_warps
     blocks, units, steps = shape_of(planned, kernel)
+    ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
+    code, (registers, spilled) = read_code(compiled)
+    code = per_step(code, steps)
+    loads = {name: -(-n // steps) for name, n in Counter(ir.loads).items()}
+    warps = compiled.metadata.num_warps
     by_l2 = isinstance(planned, PortablePlan) and blocks > 1
     bound, name = lower_bound(chip, by_l2, warps, ir, code)
     row = {
         "engine": "Hopper" if isinstance(planned, HopperPlan) else "portable",
         "blocks": blocks,
+        "steps": steps,
         "tile": f"{units}x{planned.block_b}",
         "warps": warps,
         "regs": registers,
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter({name: count // steps for name, count in Counter(ir.loads).items()}),
-        "instr": code.instructions / steps,
-        "mma": code.matrix / steps,
-        "bar": code.barriers / steps,
-        "sent_B": ir.sent_bytes / steps,
-        "spill_instr": code.spills / steps,
-        "bound_ns": bound / steps,
+        "loads": Counter(loads),
+        "instr": code.instructions,
+        "mma": code.matrix,
+        "bar": code.barriers,
+        "sent_B": ir.sent_bytes,
+        "spill_instr": code.spills,
+        "bound_ns": bound,
         "by": name,
     }
     return row | {"verdict": judge(row, chip.sram)}
@@ -300,8 +316,8 @@ def rows_of_all(jobs: list[Job]) -> list[Row]:
 # ------------------------------------------------------------------------------------ output
 
 COLUMNS = (
-    "cell kernel dtype H lengths engine blocks tile warps regs spill_B SRAM_B W_hh_in loads instr "
-    "mma bar sent_B bound_ns by verdict"
+    "cell kernel dtype H lengths engine blocks steps tile warps regs spill_B SRAM_B W_hh_in loads "
+    "instr mma bar sent_B bound_ns by verdict"
 ).split()
 
 
@@ -344,6 +360,7 @@ def main() -> int:
     rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
     print("Figures of one block and time step; instr, mma and bar of one warp.")
+    print("steps: of time, in one iteration of the loop.")
     print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]

@@ -1,7 +1,7 @@
 """What compiled code says of itself: text of Triton's IR, of SASS or of amdgcn -> figures.
 
 Pure functions: no compiler, no file, no tool. A loop's figures are those of one iteration, which
-may make several time steps.
+is one time step or a few.
 """
 
 import math
@@ -15,7 +15,9 @@ WEIGHTS = "weight_hh"
 LOAD = re.compile(
     r"(tt\.(load|gather|descriptor_load|descriptor_gather|atomic_\w+)"
     r"|amd\w*\.buffer_(load|atomic)\w*|ttn?g\.async_(tma_)?copy_global_to_local)\b"
+    r"|tt\.elementwise_inline_asm \"[^\"]*\bld\.global\b"
 )
+ASSEMBLER = re.compile(r'"[^"]*" \{[^}]*\}')  # of an operation, with its attributes
 DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)(?=\s)")
 VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 OPERAND = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)[a-z]+(\d+)")  # its shape, bits of an element
@@ -32,7 +34,8 @@ class IrLoop(NamedTuple):
     loads: list[str]  # the arguments that are read from device memory, one entry a load
     weights_in: str  # where the products of the loop find W_hh
     multiply_adds: int  # of the products
-    shared_bytes: int  # of their operands that lie in shared memory, each read once
+    shared_bytes: int  # of their operands that lie in shared memory: each W_hh is read once, by
+    # whatever number of products
     bits: int  # of an operand's element
     sent_bytes: int  # into the shared memory of the cluster's CTAs, by each
 
@@ -47,7 +50,7 @@ def parse_ttgir(text: str) -> IrLoop:
     found = re.search(r'"ttg.num-ctas" = (\d+)', text)
     ctas = int(found[1]) if found else 1  # of a cluster: a product has the rows of all
     values: dict[str, Value] = {}  # what is known of each name
-    loads, places = [], set()
+    loads, places, read = [], set(), set()
     multiply_adds = shared_bytes = bits = sent_bytes = 0
 
     for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
@@ -57,7 +60,7 @@ def parse_ttgir(text: str) -> IrLoop:
                 values["%" + name] = Value(name.removesuffix("_ptr"))
             continue
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        names = VALUE.findall(operation.partition(" : ")[0])
+        names = VALUE.findall(ASSEMBLER.sub("", operation).partition(" : ")[0])
         if operation.startswith("scf.for"):  # what it carries begins as what comes in
             carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", operation.partition("iter_args")[2])
             values |= {name: values.get(initial, Value()) for name, initial in carried}
@@ -78,7 +81,9 @@ def parse_ttgir(text: str) -> IrLoop:
                 depth *= math.prod(batch)  # of several products at once
                 multiply_adds += rows * columns * depth
                 places |= {v.place for v in operands[:2] if v.argument == WEIGHTS}
-                in_shared = rows * (operands[0].place == "shared memory") + columns
+                reads_left = operands[0].place == "shared memory" and names[0] not in read
+                read.add(names[0])
+                in_shared = rows * reads_left + columns
                 shared_bytes += in_shared * depth * bits // 8
             operands = []
         elif operands and operation.startswith(("ttg.local_alloc", "ttng.tmem_alloc")):

@@ -165,11 +165,15 @@ def launch_portable(
         arguments["maxnreg"] = most_registers(plan.num_warps)
     if pass_name == "forward":
         kernel: Any = forward_kernel
-        arguments |= dict(CHUNKS=plan.chunks(H), PIECES=plan.pieces, STACKED=plan.stacked)
+        own = dict(
+            CHUNKS=plan.chunks(H), PIECES=plan.pieces, STACKED=plan.stacked, STEPS=plan.steps
+        )
     else:
         kernel = backward_kernel
         columns = H if plan.slices == 1 else arguments["GATES"] * H
-        arguments |= dict(CHUNKS=plan.chunks(columns), PIECES=plan.pieces_backward)
+        own = dict(
+            CHUNKS=plan.chunks(columns), PIECES=plan.pieces_backward, STEPS=plan.steps_backward
+        )
     weight, offsets = tf32_parts(inputs.weight_hh, plan.parts), inputs.offsets
     with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
@@ -183,11 +187,13 @@ def launch_portable(
                 launch=number,
                 patience=PATIENCE,
                 BLOCK_S=plan.block_s,
+                DIRECT=plan.direct and not INTERPRETED,  # by PTX
                 PARTS=plan.parts,
                 SLICES=plan.slices,
                 CHUNK=plan.chunk,
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
+                **own,
                 **arguments,
             )
 

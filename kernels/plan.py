@@ -37,6 +37,9 @@ class PortablePlan(Plan):
     stacked: bool  # four gates of W_hh lie one below the other in one tile, in the forward pass
     pieces: int  # of a product, each the sum of a warp of its own; 1: warps have rows of their own
     pieces_backward: int
+    steps: int  # of time, of one iteration of the forward loop
+    steps_backward: int
+    direct: bool  # what a step reads and writes does not change its layout on the way
     num_stages: int
 
     def chunks(self, columns: int) -> int:
@@ -138,9 +141,13 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     # With the fragments of W_hh that mma holds, 16 ragged batch rows would not fit in registers,
     # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
+    # mma and wgmma spread a product over a warp so that single accesses still fill whole sectors.
+    # Slices meet in memory anyway; tcgen05 and mfma are untried.
+    # Higher tiles do not leave the registers for it.
+    direct = unit in ("mma", "wgmma") and not sliced and rows == 8
     refusals = (
         rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
-        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (crowded and mma),
+        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (direct or (crowded and mma)),
         # Wider tiles need fewer launches, where blocks wait for each other and so must all be
         # resident; they leave registers enough where wgmma reads a short h from shared memory.
         rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
@@ -173,6 +180,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         min(num_warps, chunk // MIN_BLOCK) if sliced and height < enough else 1
         for height in (tall, block_s)
     ]
+    steps = steps_of_iteration(layer, unit, num_warps, block_s, ragged) if direct else (1, 1)
     # Beside W_hh lie the operand that it is multiplied with, tiles on their way between register
     # layouts, and barriers.
     weights = block_s * chunks * chunk * itemsize * layer.parts
@@ -194,6 +202,9 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         stacked=stacked,
         pieces=pieces[0],
         pieces_backward=pieces[1],
+        steps=steps[0],
+        steps_backward=steps[1],
+        direct=direct,
         approximate=itemsize == 2 and limits.tanh_approx,
         num_warps=num_warps,
         num_stages=1,  # the loads of the loop are asked for a step ahead by hand
@@ -218,6 +229,22 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
         return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))
+
+
+def steps_of_iteration(
+    layer: Layer, unit: str, num_warps: int, block_s: int, ragged: bool
+) -> tuple[int, int]:
+    """Steps of time that share one read of W_hh, forward and backward. mma takes W_hh from
+    registers: read there from shared memory at the beginning of an iteration, it serves every step
+    of it, as long as the registers last; beyond four there is little left to win."""
+    weights = layer.gates * block_s**2 * layer.itemsize * layer.parts // (128 * num_warps)
+    if unit != "mma":  # wgmma reads W_hh from shared memory each time
+        return 1, 1
+    if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
+        return 4, 4
+    if layer.gates == 1:
+        return 4, 2 if ragged else 4
+    return 2, 1
 
 
 def clocks(

@@ -200,6 +200,13 @@ SELECT = "%r = arith.select %active, %r, %zero : tensor<64x64xi1>, tensor<64x64x
 AGAIN = "%r = tt.load %p, %mask, %cst : tensor<64x64x!tt.ptr<bf16>, #blocked>"
 
 
+DIRECT = (
+    '%r = tt.elementwise_inline_asm "{ .reg .pred p; @p ld.global.b16 $0, [$1]; }" {constraints = '
+    '"=h,l,r", packed_element = 1 : i32, pure = true} %p, %mask : tensor<64x64x!tt.ptr<bf16>> -> '
+    "tensor<64x64xi16, #mma>"
+)
+
+
 def ttgir(before, inside):
     return TTGIR.replace("BEFORE", before).replace("INSIDE", inside)
 
@@ -213,8 +220,9 @@ def ttgir(before, inside):
         ([IN_TMEM], [TCGEN05], "tensor memory"),
         ([ALLOC], [LOAD, SELECT, DOT], "shared memory"),
         ([], [AGAIN, DOT], "device memory"),
+        ([], [DIRECT, DOT], "device memory"),
     ],
-    ids=["mma", "wgmma", "hoisted", "tcgen05", "masked", "loaded-again"],
+    ids=["mma", "wgmma", "hoisted", "tcgen05", "masked", "loaded-again", "loaded-by-ptx"],
 )
 def test_where_the_weights_lie(before, inside, where):
     loop = parse_ttgir(ttgir("\n".join(before), "\n".join(inside)))
@@ -223,6 +231,18 @@ def test_where_the_weights_lie(before, inside, where):
     assert loop.multiply_adds == 64 * 64 * 16
     assert loop.shared_bytes == 2 * (64 * 64 * (where == "shared memory") + 64 * 16)
     assert loop.bits == 16
+
+
+def test_products_of_several_steps_share_a_read_of_the_weights():
+    loop = parse_ttgir(ttgir(ALLOC, "\n".join([LOAD, DOT, DOT])))
+    assert loop.multiply_adds == 2 * 64 * 64 * 16
+    assert loop.shared_bytes == 2 * (64 * 64 + 2 * 64 * 16)
+
+
+def test_figures_of_one_of_several_steps():
+    """A read of W_hh for all of them is not rounded down to none."""
+    code = tool.per_step(CodeLoop(instructions=401, issued=400, matrix=8, barriers=5, spills=1), 4)
+    assert code == CodeLoop(instructions=101, issued=100, matrix=2, barriers=2, spills=1)
 
 
 def test_no_loop_is_an_error():

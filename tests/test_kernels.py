@@ -542,6 +542,21 @@ def test_tiles_of_eight_rows(checked, nan_filled):
     assert_close_to_float64(case, run(case, p, how), torch.float32)
 
 
+@pytest.mark.parametrize("T", [1, 3, 4, 6])
+@pytest.mark.parametrize("rows", ["equal", "padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_steps_an_iteration_give_the_bits_of_one(cell, rows, T, checked, nan_filled):
+    """Whether T is a multiple of them or not."""
+    case = Case(cell, T=T, B=3, H=17, ragged=rows != "equal", reverse=T == 3)
+    p = sorted_lengths(problem(case)) if rows == "packed" else problem(case)
+    p = p.to(torch.float32, DEVICE)
+    one = dataclasses.replace(planned(case, torch.float32), steps=1, steps_backward=1)
+    several = dataclasses.replace(one, steps=4, steps_backward=3)
+    want = run(case, p, one, packed=rows == "packed")
+    for name, x in run(case, p, several, packed=rows == "packed").items():
+        assert torch.equal(x, want[name]), name
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_rounds_and_does_not_cut(cell):
     """Cut off, the products of positive numbers would all be too small."""
