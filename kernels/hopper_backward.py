@@ -37,12 +37,12 @@ from .hopper_tiles import (
     take,
     units_layout,
     walk,
-    within,
 )
 from .recurrence import RUNTIME_BACKWARD
 from .steps import (
     add,
     at_step,
+    existing,
     load_params,
     store_tiles,
     to_float32,
@@ -132,7 +132,7 @@ def backward_step(
         d_params_step = zero_where_not(active, d_params_step)
     operand = ()
     for gate in gl.static_range(len(d_h_gates)):
-        operand += (within(d_h_gates[gate], mask, H),)
+        operand += (existing(d_h_gates[gate], mask, H),)
     put(buffer, operand)
     async_copy.wait_group(AHEAD - 2)
     pieces = ()

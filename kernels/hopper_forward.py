@@ -51,10 +51,10 @@ from .hopper_tiles import (
     take,
     units_layout,
     walk,
-    within,
 )
 from .steps import (
     at_step,
+    existing,
     load_params,
     store_tiles,
     to_float32,
@@ -130,7 +130,7 @@ def forward_step(
         active = at_step(i, T, backwards) < lengths
         state = where_active(active, state_after, state)
         output = gl.where(active, output, 0.0)
-    pass_on(within(state[0], mask, H), buffer, arrived, EVERYONE)
+    pass_on(existing(state[0], mask, H), buffer, arrived, EVERYONE)
     async_copy.wait_group(AHEAD - 2)  # x_gates of the next step are there
     product = start_products(i + 1, weights, operand, arrived, zero, CHUNK)
     # While the matrix unit works, the rest: nothing below has to do with the next h_gates.

@@ -363,15 +363,6 @@ def allocate_operands(
 
 
 @gluon.jit
-def within(tile, mask, H: gl.constexpr):
-    """The tile, 0 at units that do not exist. Their rows of W_hh are 0, and 0 times an infinite h
-    is NaN, which their columns of W_hh would spread."""
-    if tile.shape[0] > H:
-        tile = gl.where(mask, tile, 0.0)
-    return tile
-
-
-@gluon.jit
 def as_operand(tile, dtype: gl.constexpr):
     """Rounded to what the matrix unit takes: of float32, tf32."""
     if dtype == gl.float32:

@@ -10,8 +10,6 @@ from functools import lru_cache
 
 from . import hopper_plan
 from .limits import ITEMSIZE, Layer, Limits, NoPlan, Plan
-from .limits import KernelUnavailable as KernelUnavailable
-from .limits import device_limits as device_limits
 
 MIN_BLOCK = 16  # tl.dot sums over no fewer than this
 WARP_REGISTERS = 32 * 256 * 4  # bytes

@@ -31,6 +31,7 @@ from .steps import (
     add,
     at,
     at_step,
+    existing,
     from_second,
     load_params,
     load_states,
@@ -188,7 +189,7 @@ def forward_kernel(
                 present = mask & active
                 written = mask & active_at(i, steps, backwards, within)
             if SLICES == 1:
-                h = (state[0].to(dtype),)
+                h = (existing(state[0], mask, H).to(dtype),)
             else:
                 slot_ptr = exchange_ptr + (i % 2) * exchange_size
                 tl.store(slot_ptr + state_rows + units, state[0].to(dtype), mask=mask)
@@ -371,7 +372,7 @@ def backward_kernel(
             d_h = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
             if SLICES == 1:
                 for gate in tl.static_range(GATES):
-                    d_gate = (d_h_gates[gate].to(dtype),)
+                    d_gate = (existing(d_h_gates[gate], mask, H).to(dtype),)
                     d_h = recurrent_product(weights, gate, GATES, d_gate, alive, d_h, 1, 1)
             else:
                 d_gates = gather(slot_ptr, state_rows * GATES, rows < B, GATES * H, CHUNK, CHUNKS)

@@ -92,6 +92,15 @@ def zero_where_not(active, tiles):
 
 
 @triton.jit
+def existing(tile, mask, H: tl.constexpr):
+    """The tile, 0 at units that do not exist. Their rows of W_hh are 0, and 0 times an infinite h
+    is NaN, which their columns of W_hh would spread."""
+    if tile.shape[0] > H:
+        tile = tl.where(mask, tile, 0.0)
+    return tile
+
+
+@triton.jit
 def add(tiles, others):
     sums = ()
     for i in tl.static_range(len(tiles)):

@@ -21,7 +21,7 @@ from .engines import (
     forward_in_triton,
 )
 from .in_place import IN_PLACE
-from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .kernels.limits import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, plain
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 
 from .cells import Cell
-from .kernels.plan import Layer, Limits, NoPlan, Plan, device_limits, plan
+from .kernels.limits import Layer, Limits, NoPlan, Plan, device_limits
+from .kernels.plan import plan
 
 try:
     from .kernels import launch as kernels

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS, Cell
 from .dispatch import choose
-from .kernels.plan import NoPlan
+from .kernels.limits import NoPlan
 from .recurrent import Recurrent, compute_dtype
 
 

@@ -14,7 +14,7 @@ from .autograd import autocast_enabled, needs_plain_operations, run
 from .cells import CELLS
 from .dispatch import BACKENDS
 from .functional import State, check_lengths, own_lengths
-from .kernels.plan import NoPlan
+from .kernels.limits import NoPlan
 from .layer import Spec
 from .rows import Rows
 from .torch_path import can_pack

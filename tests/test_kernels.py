@@ -19,11 +19,12 @@ from rnn.kernels import launch
 from rnn.kernels.cells import CELLS as TILE_CELLS
 from rnn.kernels.cells import sigmoid, tanh
 from rnn.kernels.layout import Inputs
-from rnn.kernels.plan import KernelUnavailable, Layer, Limits, Plan, device_limits, plan
+from rnn.kernels.limits import KernelUnavailable, Layer, Limits, Plan, device_limits
+from rnn.kernels.plan import plan
 from rnn.kernels.products import round_tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETER = Limits("interpreter", 227 * 1024, 132, False, False, "wgmma")
+INTERPRETER = Limits("interpreter", 227 * 1024, 132, False, False, "wgmma", "not here")
 GUARD = 64  # elements
 
 
@@ -573,3 +574,19 @@ def test_tf32_rounds_and_does_not_cut(cell):
     want = by_equation(case, p.to(torch.float64, "cpu"))["output"]
     bias = float((output.cpu().double() - want).mean())
     assert abs(bias) < 3e-6 and worst(output, want) < 2**-10
+
+
+def test_infinity_does_not_reach_units_that_do_not_exist():
+    """H is padded to a power of two; 0 times infinity, in the padding, would be NaN, and spread."""
+    case = Case("rnn_relu", T=4, B=2, H=17)
+    p = problem(case).to(torch.float32)
+    p.weight_hh.abs_()
+    p.x_gates[0, 0, 3] = float("inf")
+    p.d_output[3, 1, 5] = float("inf")
+    want = by_equation(case, p)
+    p = p.to(torch.float32, DEVICE)
+    got = run(case, p, planned(case, torch.float32))
+    assert want["output"][1:, 0].isinf().all()
+    for name in ("output", "d_x_gates"):
+        assert torch.equal(got[name].isnan().cpu(), want[name].isnan()), name
+        assert torch.equal(got[name].isinf().cpu(), want[name].isinf()), name
