@@ -5,8 +5,9 @@ compiles exactly what both passes of a layer would launch there, and reads the m
 kernels are compiled by the library's own launchers with the launch left out, so that nothing
 about their arguments or options is repeated here.
 
-A kernel is resident if W_hh is read from device memory before the time loop and nowhere else, and
-no register is spilled. Exit status: 1 if the library would run a kernel that is not resident.
+A kernel is resident if W_hh is read from device memory before the time loop and nowhere else, into
+registers or shared memory, and no register is spilled. Exit status: 1 if the library would run a
+kernel that is not resident.
 
 Times are the model of `lower_bound`, not measured. dtype float32 lets products be rounded to
 tf32, float32-ieee does not (three tf32 products each).
@@ -34,8 +35,10 @@ import torch
 
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS, Chip
+from rnn.kernels.hopper_plan import HopperPlan
 from rnn.kernels.layout import Inputs
-from rnn.kernels.plan import Layer, NoPlan, Plan, plan
+from rnn.kernels.limits import Layer, NoPlan, Plan
+from rnn.kernels.plan import PortablePlan, plan
 
 from .machine_code import (
     WEIGHTS,
@@ -72,7 +75,7 @@ class Job(NamedTuple):
         cell = CELLS[self.cell]
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         dtype, tf32 = DTYPES[self.dtype]
-        layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32)
+        layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
         return plan(layer, CHIPS[self.target].limits())
 
 
@@ -182,9 +185,10 @@ def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
 
 
 def lower_bound(
-    chip: Chip, slices: int, num_warps: int, ir: IrLoop, code: CodeLoop
+    chip: Chip, by_l2: bool, num_warps: int, ir: IrLoop, code: CodeLoop
 ) -> tuple[float, str]:
-    """The time in ns that a step cannot come below on the chip, and why; a model, not measured.
+    """The time in ns that an iteration cannot come below on the chip, and why; a model, not
+    measured.
 
     Each term takes one resource of the SM at its peak rate, as if nothing waited for anything:
     shared memory, from which each operand of a product comes once; the matrix unit; the issue
@@ -195,17 +199,29 @@ def lower_bound(
         "SRAM": ir.shared_bytes / chip.sram_rate,
         "tensor": ir.multiply_adds / (chip.tf32_rate if ir.bits == 32 else chip.bf16_rate),
         "issue": code.issued * num_warps / chip.issue_rate,
-        "L2": L2_TRIPS * chip.l2_trip if slices > 1 else 0.0,
+        "L2": L2_TRIPS * chip.l2_trip if by_l2 else 0.0,
     }
     bound, name = max((value, name) for name, value in clocks.items())
     return bound / chip.clock, name
+
+
+def per_step(figures: Any, steps: int) -> Any:
+    """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
+    share is one still."""
+    return figures._replace(
+        **{
+            name: -(-figure // steps)
+            for name, figure in figures._asdict().items()
+            if isinstance(figure, int) and name != "bits"
+        }
+    )
 
 
 def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
         return "W_hh is read from device memory in the loop"
-    if row["W_hh_in"] not in ("shared memory", "registers", "tensor memory"):
+    if not set(row["W_hh_in"].split(" and ")) <= {"shared memory", "registers", "tensor memory"}:
         return f"W_hh is in {row['W_hh_in']}"
     if row["SRAM_B"] > sram_limit:
         return f"needs {row['SRAM_B']} of {sram_limit} bytes of SRAM"
@@ -214,23 +230,40 @@ def judge(row: Row, sram_limit: int) -> str:
     return "resident"
 
 
-def figures(chip: Chip, planned: Plan, compiled: Any) -> Row:
-    ir = parse_ttgir(compiled.asm["ttgir"])
+def shape_of(planned: Plan, kernel: str) -> tuple[int, int, int]:
+    """Blocks that share one W_hh, hidden units of each, time steps of an iteration."""
+    if isinstance(planned, HopperPlan):
+        how = planned.forward if kernel == "forward" else planned.backward
+        return how.ctas, how.block_s, how.ahead
+    assert isinstance(planned, PortablePlan)
+    steps = planned.steps if kernel == "forward" else planned.steps_backward
+    return planned.slices, planned.block_s, steps
+
+
+def figures(chip: Chip, planned: Plan, kernel: str, compiled: Any) -> Row:
+    blocks, units, steps = shape_of(planned, kernel)
+    ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
     code, (registers, spilled) = read_code(compiled)
+    code = per_step(code, steps)
+    loads = {name: -(-n // steps) for name, n in Counter(ir.loads).items()}
     warps = compiled.metadata.num_warps
-    bound, name = lower_bound(chip, planned.slices, warps, ir, code)
+    by_l2 = isinstance(planned, PortablePlan) and blocks > 1
+    bound, name = lower_bound(chip, by_l2, warps, ir, code)
     row = {
-        "slices": planned.slices,
-        "tile": f"{planned.block_s}x{planned.block_b}",
+        "engine": "Hopper" if isinstance(planned, HopperPlan) else "portable",
+        "blocks": blocks,
+        "steps": steps,
+        "tile": f"{units}x{planned.block_b}",
         "warps": warps,
         "regs": registers,
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter(ir.loads),
+        "loads": Counter(loads),
         "instr": code.instructions,
         "mma": code.matrix,
         "bar": code.barriers,
+        "sent_B": ir.sent_bytes,
         "spill_instr": code.spills,
         "bound_ns": bound,
         "by": name,
@@ -253,7 +286,7 @@ def rows_of(job: Job, **changes: Any) -> list[Row]:
         try:
             if isinstance(kernel, Exception):
                 raise ValueError(f"{type(kernel).__name__}: {kernel}")
-            row |= figures(CHIPS[job.target], planned, kernel)
+            row |= figures(CHIPS[job.target], planned, row["kernel"], kernel)
         except ValueError as error:  # of the compiler, or of a parser that did not find its loop
             row["verdict"] = f"not compiled or not understood: {error}".splitlines()[0]
         rows.append(row)
@@ -283,8 +316,8 @@ def rows_of_all(jobs: list[Job]) -> list[Row]:
 # ------------------------------------------------------------------------------------ output
 
 COLUMNS = (
-    "cell kernel dtype H lengths slices tile warps regs spill_B SRAM_B W_hh_in loads instr mma bar "
-    "bound_ns by verdict"
+    "cell kernel dtype H lengths engine blocks steps tile warps regs spill_B SRAM_B W_hh_in loads "
+    "instr mma bar sent_B bound_ns by verdict"
 ).split()
 
 
@@ -327,6 +360,7 @@ def main() -> int:
     rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
     print("Figures of one block and time step; instr, mma and bar of one warp.")
+    print("steps: of time, in one iteration of the loop.")
     print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]

@@ -1,7 +1,7 @@
 """What compiled code says of itself: text of Triton's IR, of SASS or of amdgcn -> figures.
 
-Pure functions: no compiler, no file, no tool. A loop's figures are those of one
-iteration, which is one time step.
+Pure functions: no compiler, no file, no tool. A loop's figures are those of one iteration, which
+is one time step or a few.
 """
 
 import math
@@ -15,7 +15,9 @@ WEIGHTS = "weight_hh"
 LOAD = re.compile(
     r"(tt\.(load|gather|descriptor_load|descriptor_gather|atomic_\w+)"
     r"|amd\w*\.buffer_(load|atomic)\w*|ttn?g\.async_(tma_)?copy_global_to_local)\b"
+    r"|tt\.elementwise_inline_asm \"[^\"]*\bld\.global\b"
 )
+ASSEMBLER = re.compile(r'"[^"]*" \{[^}]*\}')  # of an operation, with its attributes
 DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)(?=\s)")
 VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 OPERAND = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)[a-z]+(\d+)")  # its shape, bits of an element
@@ -32,8 +34,10 @@ class IrLoop(NamedTuple):
     loads: list[str]  # the arguments that are read from device memory, one entry a load
     weights_in: str  # where the products of the loop find W_hh
     multiply_adds: int  # of the products
-    shared_bytes: int  # of their operands that lie in shared memory, each read once
+    shared_bytes: int  # of their operands that lie in shared memory: each W_hh is read once, by
+    # whatever number of products
     bits: int  # of an operand's element
+    sent_bytes: int  # into the shared memory of the cluster's CTAs, by each
 
 
 def parse_ttgir(text: str) -> IrLoop:
@@ -43,9 +47,11 @@ def parse_ttgir(text: str) -> IrLoop:
     """
     lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
     start, end = time_loop(lines)
+    found = re.search(r'"ttg.num-ctas" = (\d+)', text)
+    ctas = int(found[1]) if found else 1  # of a cluster: a product has the rows of all
     values: dict[str, Value] = {}  # what is known of each name
-    loads, places = [], set()
-    multiply_adds = shared_bytes = bits = 0
+    loads, places, read = [], set(), set()
+    multiply_adds = shared_bytes = bits = sent_bytes = 0
 
     for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
         inside = start < number < end
@@ -54,7 +60,7 @@ def parse_ttgir(text: str) -> IrLoop:
                 values["%" + name] = Value(name.removesuffix("_ptr"))
             continue
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        names = VALUE.findall(operation.partition(" : ")[0])
+        names = VALUE.findall(ASSEMBLER.sub("", operation).partition(" : ")[0])
         if operation.startswith("scf.for"):  # what it carries begins as what comes in
             carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", operation.partition("iter_args")[2])
             values |= {name: values.get(initial, Value()) for name, initial in carried}
@@ -70,11 +76,14 @@ def parse_ttgir(text: str) -> IrLoop:
             if inside:
                 left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
                 *batch, rows, depth = map(int, left[0].split("x")[:-1])
+                rows //= ctas
                 columns, bits = int(right[0].split("x")[-2]), int(left[1])
                 depth *= math.prod(batch)  # of several products at once
                 multiply_adds += rows * columns * depth
                 places |= {v.place for v in operands[:2] if v.argument == WEIGHTS}
-                in_shared = rows * (operands[0].place == "shared memory") + columns
+                reads_left = operands[0].place == "shared memory" and names[0] not in read
+                read.add(names[0])
+                in_shared = rows * reads_left + columns
                 shared_bytes += in_shared * depth * bits // 8
             operands = []
         elif operands and operation.startswith(("ttg.local_alloc", "ttng.tmem_alloc")):
@@ -83,6 +92,12 @@ def parse_ttgir(text: str) -> IrLoop:
         elif operands and operation.startswith(("ttg.local_load", "ttng.tmem_load")):
             if not inside:
                 operands[0] = operands[0]._replace(place="registers")
+        elif operands and operation.startswith("ttg.local_store"):
+            if operands[0].argument == WEIGHTS:
+                values[names[1]] = operands[0]._replace(place="shared memory")
+        elif inside and operation.startswith("ttng.async_shared_store"):
+            shape, size = OPERAND.findall(operation.partition(" : ")[2])[0]
+            sent_bytes += math.prod(map(int, shape.split("x")[:-1])) // ctas * int(size) // 8
         elif operation.startswith("arith.select"):  # the first value chooses among the others
             operands = operands[1:]
         if ":" not in results:  # made of several values, W_hh perhaps not the first
@@ -97,6 +112,7 @@ def parse_ttgir(text: str) -> IrLoop:
         multiply_adds=multiply_adds,
         shared_bytes=shared_bytes,
         bits=bits,
+        sent_bytes=sent_bytes,
     )
 
 

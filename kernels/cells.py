@@ -145,11 +145,15 @@ class TileCell(NamedTuple):
     # Whether step reads h itself and not through W_hh alone. Then h is carried in float32 from
     # step to step, since a small change of a 16-bit h would be rounded away again and again.
     reads_h: bool = False
+    # Which states step_vjp reads at all, and whether it reads them before the step too: of the
+    # others nothing is loaded. In `state` and `state_prev` stands anything for them.
+    reads: tuple[int, ...] = (0,)
+    recalls: bool = False
 
 
 CELLS = {
     "rnn_tanh": TileCell(rnn_tanh_step, rnn_tanh_step_vjp),
     "rnn_relu": TileCell(rnn_relu_step, rnn_relu_step_vjp),
-    "gru": TileCell(gru_step, gru_step_vjp, reads_h=True),
-    "lstm": TileCell(lstm_step, lstm_step_vjp),
+    "gru": TileCell(gru_step, gru_step_vjp, reads_h=True, recalls=True),
+    "lstm": TileCell(lstm_step, lstm_step_vjp, reads=(1,), recalls=True),
 }

@@ -1,5 +1,6 @@
 """The launchers: they allocate what a kernel writes, and launch it."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,12 +13,16 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import faults
 from .cells import CELLS
+from .hopper_plan import HopperPlan
 from .layout import Inputs, dense, empty_steps, stride_arguments
-from .plan import KernelUnavailable, Plan
+from .limits import KernelUnavailable, Plan
+from .plan import PortablePlan
 from .recurrence import backward_kernel, forward_kernel
 
 PATIENCE = 1 << 22  # polls of a flag, each a trip to L2: some seconds, then the wait is given up
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
+
+unavailable: dict[Plan, str] = {}  # why the kernels of these plans cannot be had here
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -31,8 +36,10 @@ def compiled(what: str, plan: Plan) -> Iterator[None]:
     try:
         yield
     except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
-        # Of RuntimeErrors, the compiler's own alone: others are the device's.
-        if isinstance(error, RuntimeError) and "PassManager::run failed" not in str(error):
+        # Of RuntimeErrors, the compiler's own and those of a cluster that does not fit the device:
+        # others are the device's.
+        expected = "PassManager::run failed", "cluster"
+        if isinstance(error, RuntimeError) and not any(e in str(error) for e in expected):
             raise
         raise KernelUnavailable(
             f"Triton {triton.__version__} has no kernel for the {what} ({plan}): "
@@ -54,16 +61,100 @@ def tf32_parts(weight: Tensor, parts: int) -> Tensor:
 
 
 def launch(
-    kernel: Any,
+    pass_name: str,  # "forward" or "backward"
     plan: Plan,
-    what: str,
-    like: Tensor,
-    T: int,
-    B: int,
-    width: int,  # of what a row exchanges
+    cell: Any,
+    inputs: Inputs,
+    like: Tensor,  # a tensor with steps
+    width: int,  # of what a row exchanges between slices
     **arguments: Any,
 ) -> None:
-    """Launch a kernel over all batch tiles; sliced, with what the slices talk through."""
+    """Launch a pass over all batch tiles, on the plan's engine. Where the Hopper engine turns out
+    not to have its kernel, the portable engine takes over, with a warning."""
+    _, B, H = inputs.state0[0].shape
+    lengths, tile_cell = inputs.lengths, CELLS[cell.name]
+    arguments |= dict(
+        T=like.size(0) if inputs.offsets is None else inputs.offsets.numel(),
+        B=B,
+        H=H,
+        GATES=cell.gates,
+        STORED=cell.stored,
+        state0_ptrs=tuple(s.contiguous() for s in inputs.state0),
+        param_ptrs=tuple(p.contiguous() for p in inputs.params),
+        lengths_ptr=None if lengths is None else lengths.contiguous(),
+        reverse=int(inputs.reverse),
+        BLOCK_B=plan.block_b,
+        APPROXIMATE=plan.approximate,
+    )
+    if pass_name == "forward":
+        arguments |= dict(STEP=tile_cell.step, READS_H=tile_cell.reads_h)
+    else:
+        arguments |= dict(STEP_VJP=tile_cell.step_vjp, RECALLS=tile_cell.recalls)
+    what = f"{pass_name} pass of {cell.name}"
+    if isinstance(plan, HopperPlan):
+        try:
+            return launch_hopper(pass_name, plan, what, inputs, tile_cell.reads, arguments)
+        except KernelUnavailable as error:
+            if plan.otherwise is None:
+                raise
+            unavailable[plan] = str(error)
+            warnings.warn(f"{error}; the portable engine runs it", stacklevel=2)
+            plan = plan.otherwise
+            arguments["BLOCK_B"] = plan.block_b
+    assert isinstance(plan, PortablePlan)
+    launch_portable(pass_name, plan, what, inputs, like, width, arguments)
+
+
+def most_registers(num_warps: int) -> int:
+    """All that a block may have: left to itself, ptxas spills a few for more blocks on an SM."""
+    return min(255, 65536 // (32 * num_warps))
+
+
+def launch_hopper(
+    pass_name: str,
+    plan: HopperPlan,
+    what: str,
+    inputs: Inputs,
+    reads: tuple[int, ...],
+    arguments: dict[str, Any],
+) -> None:
+    try:
+        from . import hopper_backward, hopper_forward
+    except (ImportError, AttributeError) as error:  # Gluon changes from one Triton to the next
+        raise KernelUnavailable(f"Triton {triton.__version__}: {error}") from error
+    if pass_name == "forward":
+        how, kernel = plan.forward, hopper_forward.forward_kernel
+        own: dict[str, Any] = dict(CHUNK=how.chunk)
+    else:
+        how, kernel = plan.backward, hopper_backward.backward_kernel
+        own = dict(READS=reads)
+    weight = tf32_parts(inputs.weight_hh, 1)[0]
+    with on_device(weight), compiled(what, plan):
+        kernel[plan.grid()](
+            weight_hh_ptr=weight,
+            BLOCK_S=how.block_s,
+            CTAS=how.ctas,
+            HELD=how.held,
+            AHEAD=how.ahead,
+            num_ctas=how.ctas,
+            num_warps=how.num_warps,
+            maxnreg=most_registers(how.num_warps),
+            **own,
+            **arguments,
+        )
+
+
+def launch_portable(
+    pass_name: str,
+    plan: PortablePlan,
+    what: str,
+    inputs: Inputs,
+    like: Tensor,
+    width: int,
+    arguments: dict[str, Any],
+) -> None:
+    """With what the slices talk through, where there are several."""
+    T, B, H = (arguments[name] for name in "TBH")
     exchange, flags, fault, number = None, None, None, 0
     if plan.slices > 1:
         fault, number = faults.new_launch(what, T, B, plan, like.device)
@@ -71,47 +162,40 @@ def launch(
         flags = like.new_zeros(plan.directions, plan.tiles, T, dtype=torch.int32)
         arguments["launch_cooperative_grid"] = True
     if plan.limits.matrix_unit != "mfma":
-        # All that a block may have: left to itself, ptxas spills a few for more blocks on an SM.
-        arguments["maxnreg"] = min(255, 65536 // (32 * plan.num_warps))
+        arguments["maxnreg"] = most_registers(plan.num_warps)
+    if pass_name == "forward":
+        kernel: Any = forward_kernel
+        own = dict(
+            CHUNKS=plan.chunks(H), PIECES=plan.pieces, STACKED=plan.stacked, STEPS=plan.steps
+        )
+    else:
+        kernel = backward_kernel
+        columns = H if plan.slices == 1 else arguments["GATES"] * H
+        own = dict(
+            CHUNKS=plan.chunks(columns), PIECES=plan.pieces_backward, STEPS=plan.steps_backward
+        )
+    weight, offsets = tf32_parts(inputs.weight_hh, plan.parts), inputs.offsets
     with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
             kernel[grid](
+                weight_hh_ptr=weight,
+                offsets_ptr=None if offsets is None else offsets.contiguous(),
                 exchange_ptr=exchange,
                 flags_ptr=flags,
                 fault_ptr=fault,
-                T=T,
-                B=B,
                 first_tile=first_tile,
                 launch=number,
                 patience=PATIENCE,
                 BLOCK_S=plan.block_s,
-                BLOCK_B=plan.block_b,
-                APPROXIMATE=plan.approximate,
+                DIRECT=plan.direct and not INTERPRETED,  # by PTX
                 PARTS=plan.parts,
                 SLICES=plan.slices,
                 CHUNK=plan.chunk,
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
+                **own,
                 **arguments,
             )
-
-
-def read_arguments(plan: Plan, cell: Any, inputs: Inputs) -> dict[str, Any]:
-    """The arguments that both kernels read alike."""
-    _, B, H = inputs.state0[0].shape
-    lengths, offsets = inputs.lengths, inputs.offsets
-    return dict(
-        B=B,
-        H=H,
-        GATES=cell.gates,
-        STORED=cell.stored,
-        state0_ptrs=tuple(s.contiguous() for s in inputs.state0),
-        weight_hh_ptr=tf32_parts(inputs.weight_hh, plan.parts),
-        param_ptrs=tuple(p.contiguous() for p in inputs.params),
-        lengths_ptr=None if lengths is None else lengths.contiguous(),
-        offsets_ptr=None if offsets is None else offsets.contiguous(),
-        reverse=int(inputs.reverse),
-    )
 
 
 def forward(
@@ -135,25 +219,19 @@ def forward(
         torch.empty_like(s, memory_format=torch.contiguous_format) for s in inputs.state0
     )
     launch(
-        forward_kernel,
+        "forward",
         plan,
-        f"forward pass of {cell.name}",
+        cell,
+        inputs,
         x_gates,
-        x_gates.size(0) if inputs.offsets is None else inputs.offsets.numel(),
         width=H,
         x_gates_ptr=x_gates,
         output_ptr=output,
         stored_ptr=stored,
         state_n_ptrs=state_n,
-        STEP=CELLS[cell.name].step,
-        READS_H=CELLS[cell.name].reads_h,
-        CHUNKS=plan.chunks(H),
-        PIECES=plan.pieces,
-        STACKED=plan.stacked,
         **stride_arguments(
             x_gates=x_gates, output=output, stored=output if stored is None else stored
         ),
-        **read_arguments(plan, cell, inputs),
     )
     return output, state_n, stored
 
@@ -190,11 +268,11 @@ def backward(
         shape = len(inputs.params), plan.tiles, D, H
         partial_d_params = output.new_empty(shape, dtype=torch.float32)
     launch(
-        backward_kernel,
+        "backward",
         plan,
-        f"backward pass of {cell.name}",
+        cell,
+        inputs,
         output,
-        output.size(0) if inputs.offsets is None else inputs.offsets.numel(),
         width=cell.gates * H,
         d_output_ptr=d_output,
         d_state_n_ptrs=tuple(None if d is None else d.contiguous() for d in d_state_n),
@@ -204,17 +282,12 @@ def backward(
         d_h_gates_ptr=d_h_gates if cell.split else None,
         d_state0_ptrs=d_state0 or (None,) * len(inputs.state0),
         d_params_ptr=partial_d_params,
-        STEP_VJP=CELLS[cell.name].step_vjp,
-        CHUNKS=plan.chunks(H if plan.slices == 1 else cell.gates * H),
-        PIECES=plan.pieces_backward,
-        RECALLS=cell.states > 1 or CELLS[cell.name].reads_h,
         **stride_arguments(
             x_gates=output if d_x_gates is None else d_x_gates,
             output=output,
             stored=output if stored is None else stored,
             d_output=output if d_output is None else d_output,
         ),
-        **read_arguments(plan, cell, inputs),
     )
     if not need_d_params:
         return d_x_gates, d_h_gates, d_state0, None

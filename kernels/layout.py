@@ -42,9 +42,12 @@ def dense(steps: Tensor) -> Tensor:
 def stride_arguments(**steps: Tensor) -> dict[str, int]:
     """The time and batch strides of tensors with steps, as a kernel takes them: <name>_stride_t and
     <name>_stride_b in units of UNIT elements, the largest power of two, at most 16, that divides
-    them all. Packed, both are the stride from row to row."""
+    them all; 1 where a tensor begins between the widest accesses of a thread, which then take
+    single elements. Packed, both are the stride from row to row."""
     strides = {name: (x.stride(0), x.stride(-2)) for name, x in steps.items()}
     unit = math.gcd(16, *(stride for pair in strides.values() for stride in pair))
+    if any(x.data_ptr() % 16 for x in steps.values()):
+        unit = 1
     arguments = {"UNIT": unit}
     for name, (stride_t, stride_b) in strides.items():
         arguments[f"{name}_stride_t"] = stride_t // unit

@@ -1,16 +1,16 @@
 """Shape, dtype and device limits -> how the kernels are launched, and why.
 
-There is no autotuning: the same question always has the same answer, and it takes microseconds.
+Both engines offer plans, and the one that takes the fewest clocks by their models is taken. There
+is no autotuning: the same question always has the same answer, and it takes microseconds.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
-import torch
+from . import hopper_plan
+from .limits import ITEMSIZE, Layer, Limits, NoPlan, Plan
 
-ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 MIN_BLOCK = 16  # tl.dot sums over no fewer than this
 WARP_REGISTERS = 32 * 256 * 4  # bytes
 VECTOR = 16  # bytes of the widest access of one thread
@@ -22,80 +22,23 @@ FENCE = 500  # clocks until a block's stores are seen by the others; assumed
 SIGNAL = 16  # clocks from one block's signal to the next at one address of L2; assumed
 
 
-class KernelUnavailable(RuntimeError):  # noqa: N818
-    """A planned kernel that this Triton cannot compile or this device cannot hold."""
-
-
-class Layer(NamedTuple):
-    """What a plan depends on of a layer: numbers, not the cell."""
-
-    gates: int
-    states: int
-    stored: int
-    params: int
-    hidden_size: int
-    batch: int
-    directions: int
-    dtype: torch.dtype
-    tf32: bool  # float32 products may be rounded to tf32; other dtypes ignore it
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZE[self.dtype]
-
-    @property
-    def parts(self) -> int:
-        """tf32 tiles that a float32 tile of W_hh is split into: products of two parts, three of
-        them, give nearly all of float32."""
-        return 2 if self.dtype == torch.float32 and not self.tf32 else 1
-
-    @property
-    def dtype_name(self) -> str:
-        name = str(self.dtype).removeprefix("torch.")
-        return f"{name} (tf32x3)" if self.parts == 2 else name
-
-
-class Limits(NamedTuple):
-    """What a device offers one program."""
-
-    name: str
-    sram: int  # bytes of shared memory that one block may use
-    sms: int  # streaming multiprocessors
-    cooperative: bool  # blocks of one launch may wait for each other
-    tanh_approx: bool  # there is an instruction for tanh
-    matrix_unit: str  # "mma" (operands from registers), "wgmma" (sm_90), "tcgen05" (sm_100), "mfma"
-
-
-class NoPlan(NamedTuple):
-    """Why the kernels cannot run."""
-
-    why: str
-
-    def __str__(self) -> str:
-        return self.why
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How both kernels of one layer are launched. str(plan) says it in a line."""
+@dataclass(frozen=True, kw_only=True)
+class PortablePlan(Plan):
+    """How the kernels of recurrence.py are launched."""
 
     block_s: int  # hidden units of a block: all, padded to a power of two, or a slice of them
-    block_b: int  # batch rows of a tile
-    tiles: int  # batch tiles
+    num_warps: int
     tiles_at_once: int  # of one launch: sliced blocks wait for each other, so all must be resident
     slices: int  # blocks that share one W_hh
     chunk: int  # units that one product sums over
-    directions: int
     parts: int  # tf32 tiles that one float32 tile of W_hh is split into; 1 for 16-bit dtypes
     stacked: bool  # four gates of W_hh lie one below the other in one tile, in the forward pass
     pieces: int  # of a product, each the sum of a warp of its own; 1: warps have rows of their own
     pieces_backward: int
-    approximate: bool  # tanh by the chip's own instruction
-    num_warps: int
+    steps: int  # of time, of one iteration of the forward loop
+    steps_backward: int
+    direct: bool  # what a step reads and writes does not change its layout on the way
     num_stages: int
-    sram: int  # bytes of a block, an upper bound of what the compiler allocates
-    clocks: int  # of one step by the model below: not measured
-    limits: Limits
 
     def chunks(self, columns: int) -> int:
         """Products that make up a sum over so many units."""
@@ -109,10 +52,9 @@ class Plan:
             for first in range(0, self.tiles, self.tiles_at_once)
         ]
 
-    def rounds(self) -> int:
-        """How often a step's clocks pass, one launch or one wave of blocks after the other."""
+    def cost(self) -> int:
         waves = -(-self.tiles_at_once * self.directions * self.slices // self.limits.sms)
-        return len(self.grids()) * max(1, waves)
+        return len(self.grids()) * max(1, waves) * self.clocks
 
     def __str__(self) -> str:
         launches = len(self.grids())
@@ -122,20 +64,11 @@ class Plan:
             f"tile(s) x {self.directions} direction(s) on {self.limits.sms} SMs"
             + (f" in {launches} launches" if launches > 1 else "")
             + f"; tile {self.block_s} units x {self.block_b} rows, "
-            f"{self.num_warps} warps" + (", tf32x3" if self.parts == 2 else "")
+            f"{self.num_warps} warps"
+            + (", tf32x3" if self.parts == 2 else "")
+            + "; portable engine"
+            + (f": {self.why}" if self.why else "")
         )
-
-
-def device_limits(device: torch.device) -> Limits | NoPlan:
-    """The limits of a CUDA or ROCm device. Not cached: the query takes a microsecond."""
-    props = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    if nvidia and props.major < 8:
-        return NoPlan(f"{props.name} has compute capability {props.major}.{props.minor}, below 8.0")
-    sram = getattr(props, "shared_memory_per_block_optin", props.shared_memory_per_block)
-    unit = {9: "wgmma", 10: "tcgen05"}.get(props.major, "mma") if nvidia else "mfma"
-    # On ROCm nobody has shown that a block may wait for another one's store.
-    return Limits(props.name, sram, props.multi_processor_count, nvidia, nvidia, unit)
 
 
 def padded(units: int) -> int:
@@ -148,8 +81,11 @@ def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
     if layer.dtype not in ITEMSIZE:
         known = ", ".join(str(d).removeprefix("torch.") for d in ITEMSIZE)
         return NoPlan(f"the kernels take {known}, got {layer.dtype_name}")
-    plans = list(plans_of(layer, limits))
-    if not plans:
+    portable = min(plans_of(layer, limits), key=lambda plan: plan.cost(), default=None)
+    refusal = hopper_plan.refusal(layer, limits)
+    offered = [] if refusal else hopper_plan.plans_of(layer, limits)
+    hopper = min(offered, key=lambda plan: plan.cost(), default=None)
+    if hopper is None and portable is None:
         return NoPlan(
             f"W_hh of {layer.gates} gate(s) and hidden size {layer.hidden_size} in "
             f"{layer.dtype_name}, in {layer.directions} direction(s), fits the SRAM of no number "
@@ -157,10 +93,20 @@ def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
             f"{limits.sram / 1024:.0f} KiB)"
             + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
         )
-    return min(plans, key=lambda plan: plan.rounds() * plan.clocks)
+    if hopper is None:
+        assert portable is not None
+        why = f"the Hopper engine {refusal or 'has no room for W_hh'}"
+        return replace(portable, why=why if limits.matrix_unit == "wgmma" else "")
+    if portable is None:
+        return replace(hopper, why="W_hh does not fit the portable engine")
+    ours, other = f"{hopper.cost()} clocks", f"{portable.cost()}"
+    if hopper.cost() <= portable.cost():
+        why = f"{ours} a step by the model, not measured; the portable engine {other}"
+        return replace(hopper, why=why, otherwise=portable)
+    return replace(portable, why=f"{other} clocks a step by the model; the Hopper engine {ours}")
 
 
-def plans_of(layer: Layer, limits: Limits) -> Iterator[Plan]:
+def plans_of(layer: Layer, limits: Limits) -> Iterator[PortablePlan]:
     """Every plan that fits: slices of each power of two up to all units, tiles of each height."""
     block_s = padded(layer.hidden_size)
     while block_s >= MIN_BLOCK:
@@ -171,7 +117,7 @@ def plans_of(layer: Layer, limits: Limits) -> Iterator[Plan]:
         block_s //= 2
 
 
-def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan | None:
+def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> PortablePlan | None:
     """The plan with slices of this many hidden units and this many rows of a batch tile, or None
     where it does not fit."""
     H, gates, itemsize = layer.hidden_size, layer.gates, layer.itemsize
@@ -193,9 +139,13 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     # With the fragments of W_hh that mma holds, 16 ragged batch rows would not fit in registers,
     # nor would they beside all of a large h, or of h and W_hh in two parts; mma can do with 8.
     crowded = ragged or (sliced and (layer.parts == 2 or H > 1024))
+    # mma and wgmma spread a product over a warp so that single accesses still fill whole sectors.
+    # Slices meet in memory anyway; tcgen05 and mfma are untried.
+    # Higher tiles do not leave the registers for it.
+    direct = unit in ("mma", "wgmma") and not sliced and rows == 8
     refusals = (
         rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
-        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (crowded and mma),
+        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (direct or (crowded and mma)),
         # Wider tiles need fewer launches, where blocks wait for each other and so must all be
         # resident; they leave registers enough where wgmma reads a short h from shared memory.
         rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
@@ -228,6 +178,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         min(num_warps, chunk // MIN_BLOCK) if sliced and height < enough else 1
         for height in (tall, block_s)
     ]
+    steps = steps_of_iteration(layer, unit, num_warps, block_s, ragged) if direct else (1, 1)
     # Beside W_hh lie the operand that it is multiplied with, tiles on their way between register
     # layouts, and barriers.
     weights = block_s * chunks * chunk * itemsize * layer.parts
@@ -237,7 +188,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
     if sram > limits.sram:
         return None
     tiles = -(-layer.batch // rows)
-    return Plan(
+    return PortablePlan(
         block_s=block_s,
         block_b=rows,
         tiles=tiles,
@@ -249,6 +200,9 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Plan |
         stacked=stacked,
         pieces=pieces[0],
         pieces_backward=pieces[1],
+        steps=steps[0],
+        steps_backward=steps[1],
+        direct=direct,
         approximate=itemsize == 2 and limits.tanh_approx,
         num_warps=num_warps,
         num_stages=1,  # the loads of the loop are asked for a step ahead by hand
@@ -273,6 +227,22 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
         return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))
+
+
+def steps_of_iteration(
+    layer: Layer, unit: str, num_warps: int, block_s: int, ragged: bool
+) -> tuple[int, int]:
+    """Steps of time that share one read of W_hh, forward and backward. mma takes W_hh from
+    registers: read there from shared memory at the beginning of an iteration, it serves every step
+    of it, as long as the registers last; beyond four there is little left to win."""
+    weights = layer.gates * block_s**2 * layer.itemsize * layer.parts // (128 * num_warps)
+    if unit != "mma":  # wgmma reads W_hh from shared memory each time
+        return 1, 1
+    if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
+        return 4, 4
+    if layer.gates == 1:
+        return 4, 2 if ragged else 4
+    return 2, 1
 
 
 def clocks(

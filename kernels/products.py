@@ -116,15 +116,14 @@ def gate_products(
     STACKED: tl.constexpr,  # tiles of W hold four gates one below the other
     chunks,
     alive,
-    BLOCK_S: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     SLICES: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     """W_hh h as one tile for each gate."""
+    UNITS: tl.constexpr = weights[0].shape[1 if PIECES > 1 else 0]
+    zero = tl.zeros((UNITS, chunks[0].shape[1]), tl.float32)
     products = ()
     if STACKED:
-        zero = tl.zeros((4 * BLOCK_S, BLOCK_B), tl.float32)
         stack = recurrent_product(weights, 0, 1, chunks, alive, zero, SLICES, PIECES)
         upper, lower = halves(stack)
         a, b = halves(upper)
@@ -132,7 +131,6 @@ def gate_products(
         products = (a, b, c, d)
     else:
         for gate in tl.static_range(GATES):
-            zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
             product = recurrent_product(weights, gate, GATES, chunks, alive, zero, SLICES, PIECES)
             products += (product,)
     return products

@@ -10,6 +10,9 @@ W_hh from device memory once, before the loop. In the loop x_gates come in (back
 what the forward pass stored) and the output goes out (backward: d_x_gates); sliced, the blocks of a
 batch tile also give each other their parts of a step (exchange.py). Nothing else comes or goes.
 
+An iteration takes STEPS steps, which share one read of W_hh out of shared memory. All rows are
+inactive in steps beyond the last one.
+
 Tiles are (hidden units, batch rows). h is rounded to the dtype of the tensors where W_hh takes it;
 the other states stay in float32 from step to step.
 
@@ -28,6 +31,8 @@ from .steps import (
     add,
     at,
     at_step,
+    existing,
+    from_second,
     load_params,
     load_states,
     load_tiles,
@@ -36,6 +41,7 @@ from .steps import (
     store_tiles,
     to_float32,
     where_active,
+    with_first,
     zero_where_not,
 )
 
@@ -78,6 +84,8 @@ def forward_kernel(
     H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    DIRECT: tl.constexpr,  # how load_tiles and store_tiles go about it in the loop
+    STEPS: tl.constexpr,  # of an iteration of the loop: one read of W_hh serves them all
     GATES: tl.constexpr,
     STORED: tl.constexpr,
     STEP: tl.constexpr,
@@ -112,6 +120,7 @@ def forward_kernel(
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
     steps = steps_of(T, lengths, offsets_ptr is not None)
+    within = lengths if offsets_ptr is not None else None  # where zeros are no part of memory
 
     # W_hh is read here, once, and stays on the chip; the loop never touches its pointer.
     weight_hh_ptr += direction * GATES * H * H
@@ -146,52 +155,55 @@ def forward_kernel(
     place = place_of(0, steps, backwards, offsets_ptr)
     place_ahead = place_of(1, steps, backwards, offsets_ptr)
     wanted = mask & active_at(0, steps, backwards, lengths)
-    x_gates = load_tiles(at(x_gates_steps, place), wanted, H, GATES)
-    for i in range(steps):
-        # x_gates of the next step are asked for one step before they are needed, and the place of
-        # packed rows one step before that.
-        if offsets_ptr is None:
-            place = at_step(i, steps, backwards)
-            place_ahead = at_step(i + 1, steps, backwards)
-        else:
-            place_after = place_of(i + 2, steps, backwards, offsets_ptr)
-        wanted = mask & active_at(i + 1, steps, backwards, lengths)
-        x_gates_ahead = load_tiles(at(x_gates_steps, place_ahead), wanted, H, GATES)
-        h_gates = gate_products(weights, GATES, STACKED, h, alive, BLOCK_S, BLOCK_B, SLICES, PIECES)
-        after, saved = STEP(to_float32(x_gates), h_gates, to_float32(state), params, APPROXIMATE)
-        output = after[0].to(dtype)
-        if READS_H:
-            state_after = (after[0],)
-        else:
-            state_after = (output,)
-        beside_h = ()
-        for s in tl.static_range(1, len(state)):
-            beside_h += (after[s],)
-        state_after += beside_h
-        present, written = mask, mask
-        if lengths is None:
-            state = state_after
-        else:  # an inactive row keeps its state and outputs zero
-            active = at_step(i, steps, backwards) < lengths
-            state = where_active(active, state_after, state)
-            output = tl.where(active, output, 0.0)
-            present = mask & active
+    x_gates = load_tiles(at(x_gates_steps, place), wanted, H, GATES, DIRECT)
+    # DIRECT, each step ends with the product that the next one begins with, so that the matrix unit
+    # works while results go out. Elsewhere that costs two barriers more than it brings.
+    if DIRECT:
+        h_gates = gate_products(weights, GATES, STACKED, h, alive, SLICES, PIECES)
+    for begin in range(0, steps, STEPS):
+        for k in tl.static_range(STEPS):
+            i = begin + k
+            # x_gates of the next step are asked for one step before they are needed, and the place
+            # of packed rows one step before that.
+            if offsets_ptr is None:
+                place = at_step(i, steps, backwards)
+                place_ahead = at_step(i + 1, steps, backwards)
+            else:
+                place_after = place_of(i + 2, steps, backwards, offsets_ptr)
+            wanted = mask & active_at(i + 1, steps, backwards, lengths)
+            x_gates_ahead = load_tiles(at(x_gates_steps, place_ahead), wanted, H, GATES, DIRECT)
+            if not DIRECT:
+                h_gates = gate_products(weights, GATES, STACKED, h, alive, SLICES, PIECES)
+            after, saved = STEP(
+                to_float32(x_gates), h_gates, to_float32(state), params, APPROXIMATE
+            )
+            output = after[0].to(dtype)
+            state_after = with_first(after[0] if READS_H else output, after)
+            present, written = mask, mask
+            if lengths is None and k == 0:
+                state = state_after
+            else:  # an inactive row keeps its state and outputs zero; beyond the end all are
+                active = active_at(i, steps, backwards, lengths)
+                state = where_active(active, state_after, state)
+                output = tl.where(active, output, 0.0)
+                present = mask & active
+                written = mask & active_at(i, steps, backwards, within)
+            if SLICES == 1:
+                h = (existing(state[0], mask, H).to(dtype),)
+            else:
+                slot_ptr = exchange_ptr + (i % 2) * exchange_size
+                tl.store(slot_ptr + state_rows + units, state[0].to(dtype), mask=mask)
+                alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
+                h = gather(slot_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
+            if DIRECT:
+                h_gates = gate_products(weights, GATES, STACKED, h, alive, SLICES, PIECES)
+            store_tiles(at(output_steps, place), (output,), written, H, DIRECT)
+            if stored_ptr is not None:
+                store_tiles(at(stored_steps, place), from_second(after) + saved, present, H, DIRECT)
+            x_gates = x_gates_ahead
             if offsets_ptr is not None:
-                written = present
-        tl.store(at(output_steps, place), output, mask=written)
-        if stored_ptr is not None:
-            store_tiles(at(stored_steps, place), beside_h + saved, present, H)
-        if SLICES == 1:
-            h = (state[0].to(dtype),)
-        else:
-            slot_ptr = exchange_ptr + (i % 2) * exchange_size
-            tl.store(slot_ptr + state_rows + units, state[0].to(dtype), mask=mask)
-            alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
-            h = gather(slot_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
-        x_gates = x_gates_ahead
-        if offsets_ptr is not None:
-            place = place_ahead
-            place_ahead = place_after
+                place = place_ahead
+                place_ahead = place_after
     if SLICES > 1:
         state = report(alive, state, fault_ptr, launch)
     for s in tl.static_range(len(state)):
@@ -233,6 +245,8 @@ def backward_kernel(
     H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    DIRECT: tl.constexpr,
+    STEPS: tl.constexpr,
     GATES: tl.constexpr,
     STORED: tl.constexpr,
     STEP_VJP: tl.constexpr,
@@ -246,6 +260,7 @@ def backward_kernel(
     PIECES: tl.constexpr,
 ):
     STATES: tl.constexpr = len(state0_ptrs)
+    SAVED: tl.constexpr = STORED - (STATES - 1)
     tile = first_tile + tl.program_id(0)
     tiles = tl.cdiv(B, BLOCK_B)
     direction = tl.program_id(2)
@@ -257,10 +272,11 @@ def backward_kernel(
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     output_offsets = direction * H + rows * output_stride_b * UNIT + units
     output_steps = (output_ptr, output_stride_t.to(tl.int64) * UNIT, output_offsets)
-    stored_steps = output_steps
+    stored_steps, saved_steps = output_steps, output_steps
     if stored_ptr is not None:
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
         stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
+        saved_steps = (stored_ptr + (STATES - 1) * H, stored_steps[1], stored_offsets)
     if d_output_ptr is not None:
         d_output_offsets = direction * H + rows * d_output_stride_b * UNIT + units
         d_output_steps = (d_output_ptr, d_output_stride_t.to(tl.int64) * UNIT, d_output_offsets)
@@ -270,6 +286,7 @@ def backward_kernel(
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
     steps = steps_of(T, lengths, offsets_ptr is not None)
+    within = lengths if offsets_ptr is not None else None  # where zeros are no part of memory
 
     # W_hh transposed: rows are the units that h came from, columns the gates that it went to: one
     # gate after the other where their tiles are at hand, one sum over all where they are gathered.
@@ -301,102 +318,80 @@ def backward_kernel(
     place_ahead = place_of(1, steps, backwards, offsets_ptr)
     place_after = place_of(2, steps, backwards, offsets_ptr)
     active = active_at(0, steps, backwards, lengths)
-    state = load_states(
-        active, output_steps, stored_steps, state0_ptrs, state_rows + units, place, mask, H
-    )
+    states = output_steps, stored_steps, state0_ptrs, state_rows + units
+    state = load_states(active, states, place, mask, RECALLS, H, DIRECT)
     state_prev = state
     if RECALLS:
         active_ahead = active_at(1, steps, backwards, lengths)
-        state_prev = load_states(
-            active_ahead, output_steps, stored_steps, state0_ptrs, state_rows + units, place_ahead,
-            mask, H,
-        )  # fmt: skip
-    saved = load_tiles(
-        at(stored_steps, place) + (STATES - 1) * H, mask & active, H, STORED - (STATES - 1)
-    )
+        state_prev = load_states(active_ahead, states, place_ahead, mask, RECALLS, H, DIRECT)
+    saved = load_tiles(at(saved_steps, place), mask & active, H, SAVED, DIRECT)
     if d_output_ptr is not None:
-        d_output = tl.load(at(d_output_steps, place), mask=mask & active, other=0.0)
-    for i in range(steps):
-        if offsets_ptr is None:
-            place = at_step(i, steps, backwards)
-            place_ahead = at_step(i + 1, steps, backwards)
-            place_after = at_step(i + 2, steps, backwards)
-        else:
-            place_later = place_of(i + 3, steps, backwards, offsets_ptr)
-        active_ahead = active_at(i + 1, steps, backwards, lengths)
-        if RECALLS:
-            states_at, active_states = place_after, active_at(i + 2, steps, backwards, lengths)
-        else:
+        d_output = load_tiles(at(d_output_steps, place), mask & active, H, 1, DIRECT)
+    for begin in range(0, steps, STEPS):
+        for k in tl.static_range(STEPS):
+            i = begin + k
+            if offsets_ptr is None:
+                place = at_step(i, steps, backwards)
+                place_ahead = at_step(i + 1, steps, backwards)
+                place_after = at_step(i + 2, steps, backwards)
+            else:
+                place_later = place_of(i + 3, steps, backwards, offsets_ptr)
+            active_ahead = active_at(i + 1, steps, backwards, lengths)
             states_at, active_states = place_ahead, active_ahead
-        state_ahead = load_states(
-            active_states, output_steps, stored_steps, state0_ptrs, state_rows + units, states_at,
-            mask, H,
-        )  # fmt: skip
-        saved_ahead = load_tiles(
-            at(stored_steps, place_ahead) + (STATES - 1) * H,
-            mask & active_ahead,
-            H,
-            STORED - (STATES - 1),
-        )
-        d_h = d_state[0]
-        if d_output_ptr is not None:
-            d_h += d_output.to(tl.float32)
-            d_output = tl.load(at(d_output_steps, place_ahead), mask=mask & active_ahead, other=0.0)
-        d_after = (d_h,)
-        for s in tl.static_range(1, STATES):
-            d_after += (d_state[s],)
-        d_x_gates, d_h_gates, d_prev, d_params_step = STEP_VJP(
-            d_after,
-            to_float32(state_prev),
-            to_float32(state),
-            to_float32(saved),
-            params,
-            APPROXIMATE,
-        )
-        written = mask
-        if lengths is not None:  # an inactive step passes no gradient to its gates
-            active = at_step(i, steps, backwards) < lengths
-            d_x_gates = zero_where_not(active, d_x_gates)
-            d_h_gates = zero_where_not(active, d_h_gates)
-            d_params_step = zero_where_not(active, d_params_step)
+            if RECALLS:
+                states_at, active_states = place_after, active_at(i + 2, steps, backwards, lengths)
+            state_ahead = load_states(active_states, states, states_at, mask, RECALLS, H, DIRECT)
+            wanted = mask & active_ahead
+            saved_ahead = load_tiles(at(saved_steps, place_ahead), wanted, H, SAVED, DIRECT)
+            d_h = d_state[0]
+            if d_output_ptr is not None:
+                d_h += d_output[0].to(tl.float32)
+                d_output = load_tiles(at(d_output_steps, place_ahead), wanted, H, 1, DIRECT)
+            d_x_gates, d_h_gates, d_prev, d_params_step = STEP_VJP(
+                with_first(d_h, d_state), to_float32(state_prev), to_float32(state),
+                to_float32(saved), params, APPROXIMATE,
+            )  # fmt: skip
+            written = mask
+            if lengths is not None or k > 0:  # an inactive step passes no gradient to its gates
+                active = active_at(i, steps, backwards, lengths)
+                d_x_gates = zero_where_not(active, d_x_gates)
+                d_h_gates = zero_where_not(active, d_h_gates)
+                d_params_step = zero_where_not(active, d_params_step)
+                written = mask & active_at(i, steps, backwards, within)
+            d_gates_at = place * (x_gates_stride_t.to(tl.int64) * UNIT) + d_gates_offsets
+            if d_x_gates_ptr is not None:
+                store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H, DIRECT)
+            if d_h_gates_ptr is not None:
+                store_tiles(d_h_gates_ptr + d_gates_at, d_h_gates, written, H, DIRECT)
+            if d_params_ptr is not None:
+                d_params = add(d_params, d_params_step)
+            if SLICES > 1:
+                slot_ptr = exchange_ptr + (i % 2) * exchange_size
+                store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H, False)
+                alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
+            d_h = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
+            if SLICES == 1:
+                for gate in tl.static_range(GATES):
+                    d_gate = (existing(d_h_gates[gate], mask, H).to(dtype),)
+                    d_h = recurrent_product(weights, gate, GATES, d_gate, alive, d_h, 1, 1)
+            else:
+                d_gates = gather(slot_ptr, state_rows * GATES, rows < B, GATES * H, CHUNK, CHUNKS)
+                d_h = recurrent_product(weights, 0, 1, d_gates, alive, d_h, SLICES, PIECES)
+            d_before = with_first(d_h, d_prev)
+            if lengths is None and k == 0:
+                d_state = d_before
+            else:  # and hands d_state on as it came
+                d_state = where_active(active, d_before, d_state)
+            if RECALLS:
+                state = state_prev
+                state_prev = state_ahead
+            else:
+                state = state_ahead
+            saved = saved_ahead
             if offsets_ptr is not None:
-                written = mask & active
-        d_gates_at = place * (x_gates_stride_t.to(tl.int64) * UNIT) + d_gates_offsets
-        if d_x_gates_ptr is not None:
-            store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)
-        if d_h_gates_ptr is not None:
-            store_tiles(d_h_gates_ptr + d_gates_at, d_h_gates, written, H)
-        if d_params_ptr is not None:
-            d_params = add(d_params, d_params_step)
-        if SLICES > 1:
-            slot_ptr = exchange_ptr + (i % 2) * exchange_size
-            store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H)
-            alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
-        d_h_prev = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
-        if SLICES == 1:
-            for gate in tl.static_range(GATES):
-                d_gate = (d_h_gates[gate].to(dtype),)
-                d_h_prev = recurrent_product(weights, gate, GATES, d_gate, alive, d_h_prev, 1, 1)
-        else:
-            d_gates = gather(slot_ptr, state_rows * GATES, rows < B, GATES * H, CHUNK, CHUNKS)
-            d_h_prev = recurrent_product(weights, 0, 1, d_gates, alive, d_h_prev, SLICES, PIECES)
-        d_before = (d_h_prev,)
-        for s in tl.static_range(1, STATES):
-            d_before += (d_prev[s],)
-        if lengths is None:
-            d_state = d_before
-        else:  # and hands d_state on as it came
-            d_state = where_active(active, d_before, d_state)
-        if RECALLS:
-            state = state_prev
-            state_prev = state_ahead
-        else:
-            state = state_ahead
-        saved = saved_ahead
-        if offsets_ptr is not None:
-            place = place_ahead
-            place_ahead = place_after
-            place_after = place_later
+                place = place_ahead
+                place_ahead = place_after
+                place_after = place_later
     if SLICES > 1:
         d_state = report(alive, d_state, fault_ptr, launch)
     for s in tl.static_range(STATES):

@@ -2,6 +2,11 @@
 
 Rows of different length: row b is active while t < lengths[b]. Packed, the rows of step t begin at
 row offsets[t], and inactive rows are no part of memory.
+
+DIRECT, each thread reads and writes the elements that it holds of a product, one by one. tl.load
+and tl.store give a thread as wide a piece of memory as they can; from there to the layout of a
+product the way leads through shared memory, between two barriers, for every tile of every step.
+Triton lets nobody choose that layout, but an instruction of PTX takes whatever layout it is given.
 """
 
 import triton
@@ -9,19 +14,57 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tiles(ptrs, mask, H: tl.constexpr, COUNT: tl.constexpr):
+def load(ptrs, mask, DIRECT: tl.constexpr):
+    """Elements of memory; zero where not mask."""
+    dtype: tl.constexpr = ptrs.dtype.element_ty
+    if not DIRECT:
+        return tl.load(ptrs, mask=mask, other=0.0)
+    elif dtype.primitive_bitwidth == 16:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1]; }",
+            "=h,l,r", [ptrs, mask.to(tl.int32)], dtype=tl.int16, is_pure=True, pack=1,
+        )  # fmt: skip
+        return bits.to(dtype, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+            "=r,l,r", [ptrs, mask.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+        ).to(dtype, bitcast=True)  # fmt: skip
+
+
+@triton.jit
+def store(ptrs, tile, mask, DIRECT: tl.constexpr):
+    """A tile, rounded to what the pointers point to."""
+    dtype: tl.constexpr = ptrs.dtype.element_ty
+    if not DIRECT:
+        tl.store(ptrs, tile.to(dtype), mask=mask)
+    elif dtype.primitive_bitwidth == 16:
+        bits = tile.to(dtype).to(tl.int16, bitcast=True)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,h,r", [ptrs, bits, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        bits = tile.to(dtype).to(tl.int32, bitcast=True)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [ptrs, bits, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_tiles(ptrs, mask, H: tl.constexpr, COUNT: tl.constexpr, DIRECT: tl.constexpr):
     """COUNT tiles that lie H elements apart."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles += (tl.load(ptrs + i * H, mask=mask, other=0.0),)
+        tiles += (load(ptrs + i * H, mask, DIRECT),)
     return tiles
 
 
 @triton.jit
-def store_tiles(ptrs, tiles, mask, H: tl.constexpr):
-    """Rounded to what the pointer points to."""
+def store_tiles(ptrs, tiles, mask, H: tl.constexpr, DIRECT: tl.constexpr):
     for i in tl.static_range(len(tiles)):
-        tl.store(ptrs + i * H, tiles[i].to(ptrs.dtype.element_ty), mask=mask)
+        store(ptrs + i * H, tiles[i], mask, DIRECT)
 
 
 @triton.jit
@@ -49,11 +92,37 @@ def zero_where_not(active, tiles):
 
 
 @triton.jit
+def existing(tile, mask, H: tl.constexpr):
+    """The tile, 0 at units that do not exist. Their rows of W_hh are 0, and 0 times an infinite h
+    is NaN, which their columns of W_hh would spread."""
+    if tile.shape[0] > H:
+        tile = tl.where(mask, tile, 0.0)
+    return tile
+
+
+@triton.jit
 def add(tiles, others):
     sums = ()
     for i in tl.static_range(len(tiles)):
         sums += (tiles[i] + others[i],)
     return sums
+
+
+@triton.jit
+def from_second(tiles):
+    rest = ()
+    for i in tl.static_range(1, len(tiles)):
+        rest += (tiles[i],)
+    return rest
+
+
+@triton.jit
+def with_first(first, tiles):
+    """The tiles with another first one."""
+    changed = (first,)
+    for i in tl.static_range(1, len(tiles)):
+        changed += (tiles[i],)
+    return changed
 
 
 @triton.jit
@@ -108,15 +177,27 @@ def at(steps, place):
 
 
 @triton.jit
-def load_states(active, output, stored, state0_ptrs, state0_offsets, place, mask, H: tl.constexpr):
-    """The states after a step or, of rows that have not come to it, those before the first: chosen
-    among the pointers, so that nothing is read twice."""
+def load_states(
+    active,
+    memory,  # output and stored as at() takes them; pointers to the states before the first step
+    place,
+    mask,
+    RECALLS: tl.constexpr,
+    H: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """The states after a step. If RECALLS, of rows that have not come to it those before the first:
+    chosen among the pointers, so that nothing is read twice."""
+    output, stored, state0_ptrs, state0_offsets = memory
     states = ()
     for s in tl.static_range(len(state0_ptrs)):
         if s == 0:
             ptrs = at(output, place)
         else:
             ptrs = at(stored, place) + (s - 1) * H
-        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)
-        states += (tl.load(ptrs, mask=mask, other=0.0),)
+        wanted = mask & active
+        if RECALLS:
+            ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)
+            wanted = mask
+        states += (load(ptrs, wanted, DIRECT),)
     return states

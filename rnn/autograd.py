@@ -18,7 +18,7 @@ from .engines import (
     forward_in_torch,
     forward_in_triton,
 )
-from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .kernels.limits import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, plain
 
 

@@ -1,11 +1,13 @@
 """Which backend runs a layer, and why."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from .cells import Cell
-from .kernels.plan import Layer, Limits, NoPlan, Plan, device_limits, plan
+from .kernels.limits import Layer, Limits, NoPlan, Plan, device_limits
+from .kernels.plan import plan
 
 try:
     from .kernels import launch as kernels
@@ -18,7 +20,9 @@ Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
 
 # What the interpreter of Triton (TRITON_INTERPRET=1) is taken for: it has no limits of its own.
-INTERPRETER = Limits("Triton's interpreter", 227 * 1024, 132, False, False, "wgmma")
+INTERPRETER = Limits(
+    "Triton's interpreter", 227 * 1024, 132, False, False, "wgmma", "cannot be interpreted"
+)
 
 _unavailable: dict[Plan, NoPlan] = {}  # plans whose kernels did not compile here
 
@@ -39,6 +43,7 @@ def choose(
     directions: int,
     dtype: torch.dtype,
     device: torch.device,
+    packed: bool = False,
 ) -> Plan | NoPlan:
     """The plan of the fused kernels, or why PyTorch runs the recurrence instead.
 
@@ -54,9 +59,12 @@ def choose(
         chosen = NoPlan("the batch is empty")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed())
+        layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
+        why = kernels.unavailable.get(chosen)
+        if why is not None and chosen.otherwise is not None:
+            chosen = replace(chosen.otherwise, why=why)
         chosen = _unavailable.get(chosen, chosen)
     if backend == "triton" and isinstance(chosen, NoPlan):
         raise RuntimeError(f'backend="triton" cannot run here: {chosen.why}')

@@ -17,7 +17,7 @@ from . import torch_path
 from .cells import CELLS, Tensors
 from .dispatch import kernels
 from .kernels.layout import Inputs
-from .kernels.plan import Plan
+from .kernels.limits import Plan
 from .layer import Spec, Weights, split, time_major
 from .rows import Rows, active_steps, lengths_of, offsets_of
 

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS, Cell
 from .dispatch import Backend, choose
-from .kernels.plan import NoPlan
+from .kernels.limits import NoPlan
 from .recurrent import Recurrent, compute_dtype
 
 
@@ -133,6 +133,7 @@ def explain(
         return f"all layers: PyTorch's own operator: {why}"
     cell: Cell = CELLS[module.cell]
     D, dtype = module.directions, compute_dtype(p.x)
-    plan = choose(module.backend, cell, module.hidden_size, p.batch, D, dtype, p.x.device)
+    how = D, dtype, p.x.device, p.packed is not None
+    plan = choose(module.backend, cell, module.hidden_size, p.batch, *how)
     name = "torch" if isinstance(plan, NoPlan) else "triton"
     return "\n".join(f"layer {layer}: {name}: {plan}" for layer in range(module.num_layers))

@@ -20,7 +20,7 @@ from . import dispatch
 from .autograd import Call, backward, backward_of_plain, is_batched, without_autocast
 from .cells import CELLS, Tensors
 from .engines import StepRows, forward_in_torch, forward_in_triton, rows_of
-from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .kernels.limits import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, by_operator, time_major
 from .operators import why_faster
 
@@ -92,6 +92,7 @@ class Layer:
             self.spec.directions,
             self.x.dtype,
             self.x.device,
+            self.spec.sizes is not None,
         )
 
     def forward(self, plan: Plan | NoPlan) -> tuple[Tensor, Tensors, Tensors]:

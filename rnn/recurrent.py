@@ -13,7 +13,7 @@ from .autograd import autocast_enabled
 from .cells import CELLS
 from .dispatch import BACKENDS, Backend
 from .functional import State, check_lengths, own_lengths
-from .kernels.plan import NoPlan
+from .kernels.limits import NoPlan
 from .layer import Spec
 from .operators import Stack, run_stack, why_faster
 from .run import can_be_op, needs_plain_operations, run

@@ -12,7 +12,7 @@ from . import dispatch, ops
 from .autograd import Call, Recurrence
 from .cells import CELLS
 from .in_place import IN_PLACE
-from .kernels.plan import KernelUnavailable, NoPlan, Plan
+from .kernels.limits import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, plain
 
 
@@ -68,7 +68,8 @@ def run(
     if torch.compiler.is_compiling() and can_be_op(spec.cell):
         return ops.run_as_op(spec, backend, x, lengths, batch_sizes, tensors, save)
     hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
-    plan = dispatch.choose(backend, cell, hidden, batch, spec.directions, x.dtype, x.device)
+    how = spec.directions, x.dtype, x.device, spec.sizes is not None
+    plan = dispatch.choose(backend, cell, hidden, batch, *how)
     if needs_plain_operations(spec.cell, plan, (x, *tensors)):
         if backend == "triton":
             raise RuntimeError(

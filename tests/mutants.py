@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
     tests: str  # the arguments of pytest that should notice
 
 
-LOOPS = "tests/test_kernels.py -k 'each_cell or packed or padding'"
+LOOPS = "tests/test_kernels.py -k 'each_cell or packed or padding or several_steps'"
 FAR = "tests/test_kernels.py -k 64_bits"
 TF32 = "tests/test_kernels.py -k 'tf32 or rounding or nan'"
 LAYOUTS = "tests/test_kernels.py -k 'one_piece or layout'"
@@ -66,22 +66,26 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "wanted = mask & active_at(i + 1, steps, backwards, None)",
         ),
         "packed-rows-that-do-not-exist-written": (
-            "                written = present\n",
-            "                written = mask\n",
+            """
+    within = lengths if offsets_ptr is not None else None  # where zeros are no part of memory
+
+    # W_hh is""",
+            """
+    within = None
+
+    # W_hh is""",
         ),
         "padding-left-unwritten": (
-            """mask=written)
-        if stored_ptr""",
-            """mask=present)
-        if stored_ptr""",
+            "(output,), written, H, DIRECT)",
+            "(output,), present, H, DIRECT)",
         ),
         "d_h_gates-for-d_x_gates": (
-            "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H)",
-            "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H)",
+            "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H, DIRECT)",
+            "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H, DIRECT)",
         ),
         "gradient-of-c-dropped": (
-            "            d_before += (d_prev[s],)\n",
-            "            d_before += (d_prev[s] * 0.0,)\n",
+            "d_before = with_first(d_h, d_prev)",
+            "d_before = with_first(d_h, d_state)",
         ),
         "gradient-past-w_hh-dropped": (
             "tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]",
@@ -91,9 +95,23 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "d_state = where_active(active, d_before, d_state)",
             "d_state = d_before",
         ),
+        "steps-beyond-the-end-taken": (
+            "            if lengths is None and k == 0:\n                state = ",
+            "            if lengths is None:\n                state = ",
+        ),
+        "steps-beyond-the-end-taken-backward": (
+            "            if lengths is None and k == 0:\n                d_state = ",
+            "            if lengths is None:\n                d_state = ",
+        ),
+        "steps-beyond-the-end-written": (
+            """mask & active_at(i, steps, backwards, within)
+            if SLICES""",
+            """mask
+            if SLICES""",
+        ),
         "param-gradient-of-padding": (
-            "            d_params_step = zero_where_not(active, d_params_step)\n",
-            "",
+            "d_params_step = zero_where_not(active, d_params_step)",
+            "d_params_step = d_params_step",
         ),
     },
     ("kernels/steps.py", LOOPS): {
@@ -106,8 +124,8 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "tl.load(offsets_ptr + place)",
         ),
         "first-state-of-a-row-not-its-own": (
-            "        ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)\n",
-            "",
+            "ptrs = tl.where(active, ptrs, state0_ptrs[s] + state0_offsets)",
+            "ptrs = ptrs",
         ),
     },
     ("kernels/recurrence.py", FAR): {
@@ -140,33 +158,33 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("kernels/recurrence.py", SLICES): {
         "alive-forgotten-forward": (
             """SLICES) & alive
-            h = gather""",
+                h = gather""",
             """SLICES)
-            h = gather""",
+                h = gather""",
         ),
         "alive-forgotten-backward": (
             """SLICES) & alive
-        d_h_prev""",
+            d_h = tl""",
             """SLICES)
-        d_h_prev""",
+            d_h = tl""",
         ),
         "patience-paid-again-forward": (
             """tl.where(alive, patience, 0), SLICES) & alive
-            h = gather""",
+                h = gather""",
             """patience, SLICES) & alive
-            h = gather""",
+                h = gather""",
         ),
         "patience-paid-again-backward": (
             """tl.where(alive, patience, 0), SLICES) & alive
-        d_h_prev""",
+            d_h = tl""",
             """patience, SLICES) & alive
-        d_h_prev""",
+            d_h = tl""",
         ),
         "one-slot": (
-            """            slot_ptr = exchange_ptr + (i % 2) * exchange_size
-            tl.store(""",
-            """            slot_ptr = exchange_ptr
-            tl.store(""",
+            """                slot_ptr = exchange_ptr + (i % 2) * exchange_size
+                tl.store(""",
+            """                slot_ptr = exchange_ptr
+                tl.store(""",
         ),
     },
     ("kernels/products.py", TF32): {

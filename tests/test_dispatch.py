@@ -7,7 +7,7 @@ from test_recurrence import run
 
 from rnn import dispatch
 from rnn.cells import CELLS
-from rnn.kernels.plan import KernelUnavailable, NoPlan, Plan
+from rnn.kernels.limits import KernelUnavailable, NoPlan, Plan
 
 pytest.importorskip("triton")
 CASE = Case("gru", T=3, B=2, H=5)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.plan import Layer, plan
+from rnn.kernels.limits import Layer
+from rnn.kernels.plan import plan
 
 pytest.importorskip("triton")
 from rnn.kernels import faults
 
 CPU = torch.device("cpu")
-PLAN = plan(Layer(1, 1, 0, 0, 512, 16, 1, torch.bfloat16, True), CHIPS["sm_90"].limits())
+PLAN = plan(Layer(1, 1, 0, 0, 512, 16, 1, torch.bfloat16, True), CHIPS["sm_80"].limits())
 
 
 def forget():

@@ -19,11 +19,12 @@ from rnn.kernels import launch
 from rnn.kernels.cells import CELLS as TILE_CELLS
 from rnn.kernels.cells import sigmoid, tanh
 from rnn.kernels.layout import Inputs
-from rnn.kernels.plan import KernelUnavailable, Layer, Limits, Plan, device_limits, plan
+from rnn.kernels.limits import KernelUnavailable, Layer, Limits, Plan, device_limits
+from rnn.kernels.plan import plan
 from rnn.kernels.products import round_tf32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETER = Limits("interpreter", 227 * 1024, 132, False, False, "wgmma")
+INTERPRETER = Limits("interpreter", 227 * 1024, 132, False, False, "wgmma", "not here")
 GUARD = 64  # elements
 
 
@@ -542,6 +543,21 @@ def test_tiles_of_eight_rows(checked, nan_filled):
     assert_close_to_float64(case, run(case, p, how), torch.float32)
 
 
+@pytest.mark.parametrize("T", [1, 3, 4, 6])
+@pytest.mark.parametrize("rows", ["equal", "padded", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_several_steps_an_iteration_give_the_bits_of_one(cell, rows, T, checked, nan_filled):
+    """Whether T is a multiple of them or not."""
+    case = Case(cell, T=T, B=3, H=17, ragged=rows != "equal", reverse=T == 3)
+    p = sorted_lengths(problem(case)) if rows == "packed" else problem(case)
+    p = p.to(torch.float32, DEVICE)
+    one = dataclasses.replace(planned(case, torch.float32), steps=1, steps_backward=1)
+    several = dataclasses.replace(one, steps=4, steps_backward=3)
+    want = run(case, p, one, packed=rows == "packed")
+    for name, x in run(case, p, several, packed=rows == "packed").items():
+        assert torch.equal(x, want[name]), name
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_rounds_and_does_not_cut(cell):
     """Cut off, the products of positive numbers would all be too small."""
@@ -558,3 +574,19 @@ def test_tf32_rounds_and_does_not_cut(cell):
     want = by_equation(case, p.to(torch.float64, "cpu"))["output"]
     bias = float((output.cpu().double() - want).mean())
     assert abs(bias) < 3e-6 and worst(output, want) < 2**-10
+
+
+def test_infinity_does_not_reach_units_that_do_not_exist():
+    """H is padded to a power of two; 0 times infinity, in the padding, would be NaN, and spread."""
+    case = Case("rnn_relu", T=4, B=2, H=17)
+    p = problem(case).to(torch.float32)
+    p.weight_hh.abs_()
+    p.x_gates[0, 0, 3] = float("inf")
+    p.d_output[3, 1, 5] = float("inf")
+    want = by_equation(case, p)
+    p = p.to(torch.float32, DEVICE)
+    got = run(case, p, planned(case, torch.float32))
+    assert want["output"][1:, 0].isinf().all()
+    for name in ("output", "d_x_gates"):
+        assert torch.equal(got[name].isnan().cpu(), want[name].isnan()), name
+        assert torch.equal(got[name].isinf().cpu(), want[name].isinf()), name

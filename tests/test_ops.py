@@ -25,7 +25,7 @@ from twins import (
 import rnn
 from rnn import dispatch, layer
 from rnn.cells import CELLS
-from rnn.kernels.plan import KernelUnavailable, NoPlan
+from rnn.kernels.limits import KernelUnavailable, NoPlan
 
 pytestmark = [*IEEE, pytest.mark.usefixtures("fresh_compiler")]
 

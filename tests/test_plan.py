@@ -8,11 +8,13 @@ import torch
 
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.plan import Layer, NoPlan, Plan, plan
+from rnn.kernels.limits import Layer, NoPlan, Plan
+from rnn.kernels.plan import plan
 
 A100, H100, RTX_4090, B200, MI300X = (
     CHIPS[target].limits() for target in ("sm_80", "sm_90", "sm_89", "sm_100", "gfx942")
 )
+H100 = H100._replace(no_hopper="is left out here")  # test_hopper.py has its plans
 each_chip = pytest.mark.parametrize(
     "limits", [A100, H100, RTX_4090, B200, MI300X], ids=lambda x: x.name
 )
@@ -88,6 +90,7 @@ def test_every_plan_fits(cell, limits):
         assert p.chunk >= 16 and p.chunk & (p.chunk - 1) == 0
         assert (p.slices - 1) * p.block_s < H <= p.slices * p.block_s
         assert (p.chunks(H) - 1) * p.chunk < H <= p.chunks(H) * p.chunk
+        assert p.slices == 1 or (p.steps == p.steps_backward == 1 and not p.direct)
         assert p.slices > 1 or (p.chunk == p.block_s and p.pieces == p.pieces_backward == 1)
         assert all(p.chunk // pieces >= 16 for pieces in (p.pieces, p.pieces_backward))
         assert (p.tiles - 1) * p.block_b < B <= p.tiles * p.block_b
@@ -127,6 +130,18 @@ def test_few_rows_go_in_low_tiles_and_many_in_high_ones():
         few, many = (plan(layer(cell, 128, B), H100) for B in (16, 4096))
         assert (few.block_b, few.tiles) == (8, 2)
         assert (many.block_b, many.tiles) == (16, 256)
+
+
+def test_several_steps_share_a_read_where_w_hh_is_read_into_registers():
+    """With mma alone, and fewer of them where fewer registers are left."""
+    for H in (64, 128, 256):
+        p = plan(layer("rnn_tanh", H, 16), A100)
+        assert (p.block_b, p.steps, p.steps_backward) == (8, 4, 4)
+    lstm = plan(layer("lstm", 128, 16), A100)
+    assert (lstm.steps, lstm.steps_backward) == (2, 1)
+    for limits in (H100, B200, MI300X):
+        p = plan(layer("rnn_tanh", 64, 16), limits)
+        assert p.steps == p.steps_backward == 1
 
 
 def test_more_gates_take_more_of_everything():

@@ -13,7 +13,8 @@ from test_kernels import from_bits, run, sorted_lengths
 from rnn.cells import CELLS
 from rnn.kernels import faults, launch
 from rnn.kernels.layout import Inputs
-from rnn.kernels.plan import Layer, Limits, Plan, plan_slices
+from rnn.kernels.limits import Layer, Limits, Plan
+from rnn.kernels.plan import plan_slices
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's processes stand in for a GPU's blocks"
