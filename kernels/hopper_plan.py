@@ -122,11 +122,18 @@ def registers(rows: int, columns: int, num_warps: int, itemsize: int) -> int:
     return rows * columns * itemsize // (num_warps * 32 * 4)
 
 
-def most_registers(layer: Layer, num_warps: int) -> int:
-    """That W_hh may take: a thread has 255, or 128 where there are 16 warps. Where a row of H units
-    is no whole number of vectors, single elements that are on their way take some of them."""
-    ragged = layer.hidden_size * layer.itemsize % VECTOR != 0
-    return 64 if num_warps == 16 or ragged else 128
+def is_ragged(layer: Layer) -> bool:
+    """Whether a row of H units is no whole number of vectors. Single elements on their way then
+    take registers."""
+    return layer.hidden_size * layer.itemsize % VECTOR != 0
+
+
+def most_registers(layer: Layer, num_warps: int, whole: int, rows: int) -> int:
+    """That W_hh may take in the forward pass: a thread has 255, or 128 where there are 16 warps."""
+    if num_warps == 16:
+        return 64 if rows == 8 and not is_ragged(layer) else 32
+    cut_off = layer.itemsize == 4 and layer.hidden_size < whole  # tiles that W_hh does not fill
+    return 64 if is_ragged(layer) or cut_off else 128
 
 
 def sizes(layer: Layer, limits: Limits, least: int) -> Iterator[tuple[int, int]]:
@@ -147,8 +154,8 @@ def forward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if ragged_alone(layer, ctas, num_warps):
             continue
         chunk, held = whole, 0
-        if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps):
-            if num_warps == 16 or rows > 8:
+        if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps, whole, rows):
+            if num_warps == 16 or rows > 8 or (is_ragged(layer) and (num_warps > 4 or size == 4)):
                 continue
             # A third stays in registers; of more than three parts there are none for it.
             chunk = 512 // size if H <= 1536 // size else whole
@@ -190,11 +197,13 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
             num_warps = min(all_warps, next((w for w in (4, 8) if w >= fewest), 8))
         taken = registers(whole, gates * block_s, num_warps, size)
         held = 0
-        if taken > (64 if num_warps == 16 else 96):  # more tiles are to be held than forward
+        tight = is_ragged(layer) and size == 4 and ctas > 1
+        most = 64 if num_warps == 16 or tight else 96
+        if taken > most:  # fewer than forward: there are more other tiles
             if ctas < 16 or num_warps != 8 or rows > 8:
                 continue
             held = 1
-            if registers(whole, (gates - 1) * block_s, num_warps, size) > 96:
+            if registers(whole, (gates - 1) * block_s, num_warps, size) > most:
                 continue
         if rows > 8 and (taken > 64 or num_warps == 16):
             continue

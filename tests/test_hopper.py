@@ -84,7 +84,7 @@ def test_few_rows_go_to_as_many_ctas_as_help(cell, H, ctas):
 
 
 def test_many_rows_go_to_few_ctas():
-    few, many = (plan(layer("lstm", 128, B), H100) for B in (16, 2048))
+    few, many = (plan(layer("lstm", 64, B), H100) for B in (16, 2048))
     assert isinstance(few, HopperPlan) and isinstance(many, HopperPlan)
     assert many.forward.ctas < few.forward.ctas
 
