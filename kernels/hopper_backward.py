@@ -141,9 +141,9 @@ def backward_step(
     product = start_sum(weights, pieces, zero)
     # While the matrix unit works, the rest.
     if len(write_ptrs) > 0:
-        store_tiles(write_ptrs[0], d_x_gates, mask, H)
+        store_tiles(write_ptrs[0], d_x_gates, mask, H, False)
     if len(write_ptrs) > 1:
-        store_tiles(write_ptrs[1], d_h_gates, mask, H)
+        store_tiles(write_ptrs[1], d_h_gates, mask, H, False)
     if len(d_params) > 0:
         d_params = add(d_params, d_params_step)
     ask_step(i + AHEAD, T, read_ptrs, copy_mask, slot, H, STATES, READS, RECALLS, SAVED, ALIGNED)

@@ -136,7 +136,7 @@ def forward_step(
     # While the matrix unit works, the rest: nothing below has to do with the next h_gates.
     gl.store(ptrs[1], output, mask=mask)
     if len(ptrs) > 2:
-        store_tiles(ptrs[2], beside_h + saved, mask, H)
+        store_tiles(ptrs[2], beside_h + saved, mask, H, False)
     ask_x_gates(i + AHEAD, T, ptrs[0], copy_mask, slot, H, ALIGNED)
     ptrs = advance(ptrs, strides, UNIT)
     x_gates = take(slot_ahead, 0, len(slot_ahead), UNITS)
