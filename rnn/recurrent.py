@@ -17,6 +17,7 @@ from .kernels.plan import NoPlan
 from .layer import Spec
 from .operators import Stack, run_stack, why_faster
 from .run import needs_plain_operations, run
+from .segments import Segments, check_resets
 
 
 class Mode(NamedTuple):
@@ -142,6 +143,7 @@ class Recurrent(torch.nn.RNNBase):
         hx: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Any, Any]:
         """Run all layers.
 
@@ -153,6 +155,12 @@ class Recurrent(torch.nn.RNNBase):
                 after lengths[b] steps. Its output is zero from there on, its h_n the state after
                 its last step (hx if it has none), and the reverse direction starts at its end.
                 What the input holds past the end is never read.
+            resets: (T, B) bool, any device, laid out as input is, (T,) without a batch: where it
+                is set, a new segment begins (a document, an episode) that nothing reaches from
+                the steps before: the state is zero before that step, and no gradient crosses.
+                The reverse direction, too, begins anew in each segment; it reaches hx at the end
+                of the last one, and its h_n is the state after the first. Segments run side by
+                side, so a call takes as many steps as the longest of them.
 
         Returns:
             output (T, B, D*H), laid out as input is, and h_n, shaped as hx is.
@@ -160,29 +168,29 @@ class Recurrent(torch.nn.RNNBase):
         Raises:
             what torch.nn raises for the same misuse: ValueError for a wrong dtype or a wrong
             number of dimensions, RuntimeError for a wrong shape or device or an empty sequence;
-            for lengths, see rnn.recurrence.
+            for lengths and resets, see rnn.recurrence.
         """
         if isinstance(input, torch.fx.Proxy):  # a leaf of the traced graph, as torch.nn's modules
             path = input.tracer.path_of_module(self)
-            given = {"hx": hx, "lengths": lengths}
+            given = {"hx": hx, "lengths": lengths, "resets": resets}
             return input.tracer.create_proxy(
                 "call_module", path, (input,), {k: v for k, v in given.items() if v is not None}
             )
-        if isinstance(input, PackedSequence) and torch.compiler.is_compiling():
-            return _packed_rows_run_outside_of_graphs(self, input, hx, lengths)
-        return self._forward(input, hx, lengths)
+        packed = isinstance(input, PackedSequence) or resets is not None
+        if packed and torch.compiler.is_compiling():
+            return _packed_rows_run_outside_of_graphs(self, input, hx, lengths, resets)
+        return self._forward(input, hx, lengths, resets)
 
     def _forward(
-        self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        lengths: Tensor | None,
+        resets: Tensor | None = None,
     ) -> tuple[Any, Any]:
         p = self._prepare(input, hx, lengths)
-        in_pytorch = self.why_pytorchs_operator(p) and not self._projects_in_a_graph(p)
         output: Any
-        output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
-        traced = torch._C._get_tracing_state() is not None  # the same graph with and without grad
-        if in_pytorch and self.mode == "LSTM" and output.requires_grad and not traced:
-            # oneDNN keeps its output for the backward pass: the caller may change this one.
-            output = output.clone()
+        output, state_n = self._run(p) if resets is None else self._in_segments(p, resets)
         if p.packed is not None:
             _, batch_sizes, sorted_indices, unsorted_indices = p.packed
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -192,6 +200,39 @@ class Recurrent(torch.nn.RNNBase):
             output = output.squeeze(0 if p.batch_first else 1)
             state_n = tuple(s.squeeze(1) for s in state_n)
         return output, state_n if len(state_n) > 1 else state_n[0]
+
+    def _run(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        in_pytorch = self.why_pytorchs_operator(p) and not self._projects_in_a_graph(p)
+        output, state_n = self._by_operator(p) if in_pytorch else self._by_layers(p)
+        traced = torch._C._get_tracing_state() is not None  # the same graph with and without grad
+        if in_pytorch and self.mode == "LSTM" and output.requires_grad and not traced:
+            # oneDNN keeps its output for the backward pass: the caller may change this one.
+            output = output.clone()
+        return output, state_n
+
+    def _in_segments(self, p: Prepared, resets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `_run`, of the segments of the batch as packed rows."""
+        if p.packed is not None:
+            raise ValueError("resets need padded input, got a PackedSequence as well")
+        shape = tuple(p.x.shape[:2])
+        check_resets(resets, (shape[p.batch_first],) if p.unbatched else shape)
+        x, resets = p.x, resets.to(p.x.device).view(shape)
+        if p.batch_first:
+            x, resets = x.transpose(0, 1), resets.transpose(0, 1)
+        segments = Segments.of(resets, p.lengths)
+        if segments.total == 0:
+            return self._run(p)
+        backwards = [False, True][: self.directions] * self.num_layers
+        rows, sizes = segments.gather(x), torch.tensor(segments.sizes, device="cpu")
+        state0 = p.state0 and tuple(segments.enter(s, backwards) for s in p.state0)
+        packed = PackedSequence(rows, sizes)
+        output, state_n = self._run(
+            Prepared(rows, False, state0, segments.total, lengths=None, packed=packed)
+        )
+        output = segments.scatter(output)
+        before = p.state0 or (None,) * len(state_n)
+        last = (segments.leave(s, b, backwards) for s, b in zip(state_n, before))
+        return output.transpose(0, 1) if p.batch_first else output, tuple(last)
 
     def _prepare(
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
