@@ -181,6 +181,41 @@ class Recurrent(torch.nn.RNNBase):
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths, resets)
         return self._forward(input, hx, lengths, resets)
 
+    def step(self, x_t: Tensor, state: State | None = None) -> tuple[Tensor, Any]:
+        """Run one step of time, for streams and generation.
+
+        Args:
+            x_t: (B, I), or (I,) without a batch.
+            state: as hx of forward, and as this returns it; zeros if None.
+
+        Returns:
+            output_t, (B, H) or (H,), and the state after the step. Step after step they are what
+            forward gives for the whole sequence: to rounding, and in float64 on the PyTorch path
+            to the last bit. In training mode dropout draws a mask for each step, as forward does,
+            though not the same numbers.
+
+        The host never waits for the device, so a CUDA graph can capture it.
+
+        Raises:
+            ValueError: the module is bidirectional, or x_t has a wrong number of dimensions; and
+            what forward raises.
+
+        Example:
+            >>> model, state = rnn.GRU(5, 7), None
+            >>> for x_t in torch.randn(6, 3, 5):
+            ...     output_t, state = model.step(x_t, state)
+        """
+        if self.bidirectional:
+            raise ValueError(
+                "step needs a module of one direction: the reverse one of a bidirectional module "
+                "begins at the end of the sequence"
+            )
+        if x_t.dim() not in (1, 2):
+            raise ValueError(f"x_t must be (B, I) or (I,), got {tuple(x_t.shape)}")
+        time = int(self.batch_first and x_t.dim() == 2)
+        output, state = self(x_t.unsqueeze(time), state)
+        return output.squeeze(time), state
+
     def _forward(
         self,
         input: Tensor | PackedSequence,
