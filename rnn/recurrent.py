@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import autocast_enabled
 from .cells import CELLS
+from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS
 from .functional import State, check_lengths, own_lengths
 from .kernels.plan import NoPlan
@@ -87,12 +88,21 @@ class Recurrent(torch.nn.RNNBase):
     """The base of rnn.RNN, rnn.GRU and rnn.LSTM, as torch.nn.RNNBase is of torch.nn's."""
 
     backend = "auto"  # of instances that were pickled as torch.nn's
+    checkpoint_every: int | None = None
 
-    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        backend: str = "auto",
+        checkpoint_every: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
+        self.checkpoint_every = check_checkpoint_every(checkpoint_every, self.proj_size)
 
     @property
     def cell(self) -> str:
@@ -118,7 +128,9 @@ class Recurrent(torch.nn.RNNBase):
         """Nothing to do: the kernels read each weight where it lies."""
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + f", backend={self.backend}"
+        every = self.checkpoint_every
+        more = "" if every is None else f", checkpoint_every={every}"
+        return super().extra_repr() + f", backend={self.backend}" + more
 
     def __prepare_scriptable__(self) -> torch.nn.RNNBase:
         """torch.jit.script compiles torch.nn's module in place of this one, on the same weights."""
@@ -402,6 +414,8 @@ class Recurrent(torch.nn.RNNBase):
         x = p.x
         if torch.compiler.is_compiling() or compute_dtype(x) != x.dtype:
             return ""
+        if self.checkpoint_every is not None and torch.is_grad_enabled():
+            return ""
         differentiated = (x, *(p.state0 or ()), *self._weights)
         if needs_plain_operations(self.cell, NoPlan(""), differentiated):
             return ""
@@ -417,7 +431,9 @@ class Recurrent(torch.nn.RNNBase):
         sizes = None if p.packed is None else tuple(p.packed.batch_sizes.tolist())
         projected = self.proj_size > 0
         spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
-        last = []
+        run_layer, last = run, []
+        if self.checkpoint_every is not None and torch.is_grad_enabled():
+            run_layer = partial(run_in_pieces, self.checkpoint_every)
         for layer in range(self.num_layers):
             if p.state0 is None:
                 widths = self._state_widths
@@ -426,7 +442,7 @@ class Recurrent(torch.nn.RNNBase):
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
             weights = self._layer_weights(layer, dtype)
-            x, state_n = run(spec, self.backend, x, p.lengths, (*state0, *weights))
+            x, state_n = run_layer(spec, self.backend, x, p.lengths, (*state0, *weights))
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
