@@ -132,7 +132,7 @@ def explain(
             "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
-    p = module._prepare(input, None, lengths)
+    p = module._as_batch(module._prepare(input, None, lengths))
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"
