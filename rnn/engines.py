@@ -98,7 +98,7 @@ def forward_in_torch(
     kept: list[Tensor] = []
     for d in range(D):
         if weights.weight_ih:
-            x_gates = F.linear(x_rows, weights.weight_ih[d], weights.bias(cell, d))
+            x_gates = input_product(x_rows, weights.weight_ih[d], weights.bias(cell, d), rows.sizes)
         else:
             width = cell.gates * H
             x_gates = x_rows[:, d * width : (d + 1) * width].clone(
@@ -118,6 +118,21 @@ def forward_in_torch(
         kept += (*states, *saved)
     output = placed(spec, rows, outputs, x, copy=save)
     return output, joined(spec, last), tuple(kept) if save else ()
+
+
+def input_product(x_rows: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """x_gates of all rows: one product or, in float64, one for each step. How many rows a product
+    has decides in which order it sums, and so its last bit: a sequence taken step by step is to
+    have the bits of the whole."""
+    if x_rows.dtype != torch.float64 or len(sizes) < 2:
+        return F.linear(x_rows, weight, bias)
+    x_gates = x_rows.new_empty(len(x_rows), len(weight))
+    for x, gates in zip(x_rows.split(sizes), x_gates.split(sizes)):
+        if bias is None:
+            torch.mm(x, weight.t(), out=gates)
+        else:
+            torch.addmm(bias, x, weight.t(), out=gates)
+    return x_gates
 
 
 def placed(spec: Spec, rows: Rows, parts: list[Tensor], like: Tensor, copy: bool) -> Tensor:

@@ -9,6 +9,7 @@ from .cells import CELLS
 from .dispatch import BACKENDS, Backend
 from .layer import Spec
 from .run import run, values_are_hidden
+from .segments import Segments, check_resets
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -47,6 +48,7 @@ def recurrence(
     *,
     cell: str,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     reverse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Any]:
@@ -65,6 +67,9 @@ def recurrence(
         lengths: (B,), int32 or int64, any device. Row b is active while t < lengths[b]; an
             inactive step carries the state, outputs zero and passes no gradient. What x_gates
             holds there is not read.
+        resets: (T, B) bool, any device. Where it is set, the state before that step is zero and
+            no gradient crosses; in reverse, as for each segment between two of them by itself.
+            Segments run side by side, as rows: as many steps as the longest of them has.
         reverse: walk from t = T - 1 down to 0.
         backend: "triton" or "torch", or "auto": triton where it can run.
 
@@ -79,11 +84,11 @@ def recurrence(
 
     Raises:
         ValueError: unknown cell or backend, dtypes that differ or are not floating, lengths of
-            the wrong shape or out of range.
-        TypeError: lengths of the wrong dtype; h0 that is no tensor where the cell has one state,
-            or no pair where it has two.
-        RuntimeError: shapes or devices that do not fit together, T = 0, or backend="triton" where
-            it cannot run (the message says why).
+            the wrong shape or out of range, resets of the wrong shape.
+        TypeError: lengths or resets of the wrong dtype; h0 that is no tensor where the cell has
+            one state, or no pair where it has two.
+        RuntimeError: shapes or devices that do not fit together, T = 0, backend="triton" where it
+            cannot run (the message says why), or resets whose values are not at hand (traced).
 
     Example:
         >>> x_gates, h0, W = torch.randn(7, 3, 20), torch.zeros(3, 5), torch.randn(20, 5)
@@ -138,7 +143,23 @@ def recurrence(
     spec = Spec(cell, D, reverse, input_product=False, stacked=stacked)
     each = zip(weight_hh, *params) if stacked else [(weight_hh, *params)]
     tensors = (*state0, *(w for direction in each for w in direction))
-    output, state_n = run(spec, backend, x_gates, own_lengths(lengths, T, x_gates.device), tensors)
+    lengths = own_lengths(lengths, T, x_gates.device)
+    segments = None
+    if resets is not None:
+        check_resets(resets, (T, B))
+        segments = Segments.of(resets.to(x_gates.device), lengths)
+    if segments is None or segments.total == 0:
+        output, state_n = run(spec, backend, x_gates, lengths, tensors)
+    else:
+        S, backwards = kind.states, [reverse, not reverse][:D]
+        before = state0 if stacked else tuple(s.unsqueeze(0) for s in state0)
+        entered = (segments.enter(s, backwards) for s in before)
+        spec = spec._replace(sizes=tuple(segments.sizes), stacked=True)
+        rows = segments.gather(x_gates)
+        output, ends = run(spec, backend, rows, None, (*entered, *tensors[S:]))
+        output = segments.scatter(output)
+        state_n = tuple(segments.leave(s, b, backwards) for s, b in zip(ends, before))
+        state_n = state_n if stacked else tuple(s.squeeze(0) for s in state_n)
     return output, state_n[0] if kind.states == 1 else state_n
 
 

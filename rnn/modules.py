@@ -23,6 +23,11 @@ class RNN(Recurrent[Tensor]):
             torch.nn.RNN.
         backend: "auto" (the fused kernels where they can run, else PyTorch), "triton" (raise
             RuntimeError where they cannot) or "torch". rnn.explain says what runs, and why.
+        checkpoint_every: None, or K to bound the memory of training on long sequences: of the
+            steps, the backward pass finds every K-th state alone, in each layer and direction,
+            and computes K steps anew at a time, by torch.utils.checkpoint. The gradient is not
+            truncated. The least memory is at K near sqrt(T); it costs a second forward pass.
+            The attribute may be changed at any time.
 
     Beside the drop-in: backward works in eval mode on every device, `lengths` replaces packing,
     and a second derivative can be taken.
@@ -58,7 +63,7 @@ class GRU(Recurrent[Tensor]):
     Args:
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, device=None, dtype=None: as of torch.nn.GRU.
-        backend: as of rnn.RNN.
+        backend, checkpoint_every: as of rnn.RNN.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
     form of torch.nn.GRU.
@@ -85,8 +90,8 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]]):
     Args:
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, proj_size=0, device=None, dtype=None: as of torch.nn.LSTM. With
-            proj_size, PyTorch's own operator runs.
-        backend: as of rnn.RNN.
+            proj_size, PyTorch's own operator runs, which has no checkpoint_every.
+        backend, checkpoint_every: as of rnn.RNN.
 
     Its state is the pair (h, c), in and out.
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.
@@ -127,7 +132,7 @@ def explain(
             "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
-    p = module._prepare(input, None, lengths)
+    p = module._as_batch(module._prepare(input, None, lengths))
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"

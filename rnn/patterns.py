@@ -273,8 +273,8 @@ class OneToMany(nn.Module):
 
     def _next(self, c: Tensor, before: Tensor | None, state: State | None) -> tuple[Tensor, State]:
         step = c if before is None else c + self.symbols(before)
-        output, state = self.rnn(step.unsqueeze(0), state)
-        return self.readout(output[0]), state
+        output, state = self.rnn.step(step, state)
+        return self.readout(output), state
 
 
 class EncoderDecoder(nn.Module):

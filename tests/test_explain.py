@@ -49,7 +49,12 @@ def test_names_pytorchs_operator_where_it_runs(cell, monkeypatch):
         assert answers[-1] == bool(ran)
         assert not answers[-1] or "faster on a CPU" in text
     assert answers == [cell == "lstm", True, True, False]
-    assert rnn.explain(ours, packed).startswith("layer 0: torch: ")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            text = rnn.explain(ours, packed)
+            ran.clear()
+            ours(packed)
+        assert bool(ran) == text.startswith("all layers") == (cell == "lstm" or not grad)
 
 
 def test_projection():

@@ -316,6 +316,39 @@ def test_a_batch_of_lengths_beside_its_packing(cell):
     assert_same(got, everything(theirs, x, hx, packed))
 
 
+@each_cell
+def test_more_steps_than_16_bits_count(cell):
+    """Forward as torch.nn; the gradient of the last step as that of a call on the last steps."""
+    T, near = 70_000, 200
+    theirs, ours = twins(cell, dtype=torch.float64)
+    x, hx = problem(ours, T, 1)
+    output, state = ours(x, hx)
+    with torch.no_grad():
+        assert_same([output, state], theirs(x, hx))
+        _, before = ours(x[:-near], hx)
+    x_near = x[-near:].detach().requires_grad_()
+    wanted = everything(ours, x_near, before, lambda *call: ours(*call[1:])[0][-1])
+    got = everything(ours, x, hx, lambda *call: ours(*call[1:])[0][-1])
+    got["leaf 0"] = got["leaf 0"][-near:]
+    same = [name for name in wanted if name == "leaf 0" or "leaf" not in name]
+    assert_same({n: got[n] for n in same}, {n: wanted[n] for n in same})
+    lengths = torch.tensor([T])
+    assert_same(ours(x, hx, lengths=lengths), [output, state])
+
+
+@pytest.mark.gpu
+@each_cell
+def test_200_000_steps_on_a_gpu(cell):
+    _, ours = twins(cell, 5, 32, backend="triton")
+    ours.cuda()
+    x = torch.randn(200_000, 2, 5, device="cuda", requires_grad=True)
+    output, state = ours(x)
+    _, before = ours(x[:100_000])
+    assert_same([output[100_000:], state], ours(x[100_000:], before), 1e-4)
+    output[-1].sum().backward()
+    assert x.grad[-1].any() and x.grad.isfinite().all()
+
+
 # Projections, which run on PyTorch's own operator.
 
 
