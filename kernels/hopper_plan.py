@@ -131,7 +131,7 @@ def is_ragged(layer: Layer) -> bool:
 def most_registers(layer: Layer, num_warps: int, whole: int, rows: int) -> int:
     """That W_hh may take in the forward pass: a thread has 255, or 128 where there are 16 warps."""
     if num_warps == 16:
-        return 64 if rows == 8 and not is_ragged(layer) else 32
+        return 64 if rows == 8 and layer.itemsize == 2 and not is_ragged(layer) else 32
     cut_off = layer.itemsize == 4 and layer.hidden_size < whole  # tiles that W_hh does not fill
     return 64 if is_ragged(layer) or cut_off else 128
 
@@ -155,10 +155,12 @@ def forward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
             continue
         chunk, held = whole, 0
         if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps, whole, rows):
-            if num_warps == 16 or rows > 8 or (is_ragged(layer) and (num_warps > 4 or size == 4)):
+            if num_warps == 16 or rows > 8 or (is_ragged(layer) and num_warps > 4):
                 continue
             # A third stays in registers; of more than three parts there are none for it.
             chunk = 512 // size if H <= 1536 // size else whole
+            if size == 4 and H % chunk != 0:
+                continue
             held = max(1, -(-H // chunk) - 1)
         elements = block_s * rows / (32 * num_warps)  # of a thread, of each tile
         k_steps = (whole * size // 32) * (tall // (16 * num_warps))

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS, Cell
+from .checked import compute_dtype
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
-from .recurrent import Recurrent, compute_dtype
+from .recurrent import Recurrent
 
 
 class RNN(Recurrent[Tensor]):

@@ -1,0 +1,210 @@
+"""What a call of RNN, GRU or LSTM must be given: the checks of torch.nn, done in Python."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .autograd import autocast_enabled
+from .cells import CELLS
+from .functional import State, check_lengths, own_lengths
+
+
+class Mode(NamedTuple):
+    """What torch.nn calls a cell, and its own module for it."""
+
+    cell: str
+    twin: Callable[..., torch.nn.RNNBase]
+
+
+MODES = {
+    "RNN_TANH": Mode("rnn_tanh", torch.nn.RNN),
+    "RNN_RELU": Mode("rnn_relu", partial(torch.nn.RNN, nonlinearity="relu")),
+    "GRU": Mode("gru", torch.nn.GRU),
+    "LSTM": Mode("lstm", torch.nn.LSTM),
+}
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that all layers compute in: the input's, unless autocast asks for another. It
+    leaves float64 as it is."""
+    if input.dtype != torch.float64 and autocast_enabled(input.device.type):
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
+def _said(hx: Any) -> str:
+    """hx in an error message."""
+    if isinstance(hx, tuple | list):
+        return f"{type(hx).__name__} of {', '.join(type(s).__name__ for s in hx) or 'nothing'}"
+    return f"Tensor of {tuple(hx.shape)}" if isinstance(hx, Tensor) else type(hx).__name__
+
+
+class Prepared(NamedTuple):
+    """The arguments of forward, checked: a batch or packed rows, and states for all layers."""
+
+    x: Tensor  # (T, B, I), (B, T, I) if batch_first, or packed (N, I)
+    batch_first: bool
+    state0: tuple[Tensor, ...] | None  # each (L * D, B, H), the rows in the order of x
+    batch: int
+    weights: list[Tensor]  # in the order of torch.nn's _flat_weights
+    lengths: Tensor | None
+    packed: PackedSequence | None
+    unbatched: bool = False
+
+
+def batch_of_packed(input: PackedSequence, hx: State | None) -> int:
+    """How many sequences are packed, from shapes alone, as a graph needs it; 0 if they do not say.
+    batch_sizes, which does, is data."""
+    if input.sorted_indices is not None:
+        return input.sorted_indices.size(0)
+    state = hx[0] if isinstance(hx, tuple | list) and len(hx) > 0 else hx
+    return state.size(1) if isinstance(state, Tensor) and state.dim() == 3 else 0
+
+
+class Checked(torch.nn.RNNBase):
+    """torch.nn.RNNBase with all checks of a call in Python."""
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell in rnn.cells.CELLS."""
+        return MODES[self.mode].cell
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _prepare(
+        self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
+    ) -> Prepared:
+        """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
+        weights: list[Any]
+        if torch.compiler.is_compiling():  # which cannot follow a list beside the parameters
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        else:
+            self._update_flat_weights()
+            weights = self._flat_weights
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("a PackedSequence has its own lengths; got lengths as well")
+            x, sorted_indices = input.data, input.sorted_indices
+            self.check_input(x, input.batch_sizes)
+            if torch.compiler.is_compiling():
+                batch = batch_of_packed(input, hx)
+            else:
+                batch = int(input.batch_sizes[0])
+            self._check_weights(x, weights)
+            state0 = self._check_states(x, hx, batch, 3)
+            if state0 is not None and sorted_indices is not None:
+                state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
+            return Prepared(x, False, state0, batch, weights, None, input)
+        if input.dim() not in (2, 3):
+            name, kind = self.mode.split("_")[0], f"{input.dim()}D"
+            kind += " tensor" if name == "RNN" else ""
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {kind} instead")
+        x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
+        self.check_input(x, None)
+        T, batch = x.size(1 if self.batch_first else 0), x.size(0 if self.batch_first else 1)
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        self._check_weights(x, weights)
+        state0 = self._check_states(x, hx, batch, input.dim())
+        if lengths is not None:
+            if input.dim() == 2:
+                raise ValueError("lengths needs batched, 3-D input, got 2-D")
+            check_lengths(lengths, T, batch)
+            lengths = own_lengths(lengths, T, x.device)
+        unbatched = input.dim() == 2
+        return Prepared(x, self.batch_first, state0, batch, weights, lengths, None, unbatched)
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Check an input and its states, h0 or (h0, c0), as torch.nn's method of this name does.
+        forward calls that of a subclass, after its own checks."""
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        if self.mode != "LSTM":
+            self.check_hidden_size(hidden, expected)
+            return
+        cell_size = (*expected[:2], self.hidden_size)
+        self.check_hidden_size(hidden[0], expected, "Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(hidden[1], cell_size, "Expected hidden[1] size {}, got {}")
+
+    def _check_as_the_subclass_asks(self, p: Prepared) -> None:
+        layers, widths = self.num_layers * self.directions, (self.proj_size, 0)
+        state0 = p.state0 or tuple(
+            p.x.new_zeros(layers, p.batch, width or self.hidden_size)
+            for width in widths[: CELLS[self.cell].states]
+        )
+        batch_sizes = None if p.packed is None else p.packed.batch_sizes
+        self.check_forward_args(p.x, state0 if len(state0) > 1 else state0[0], batch_sizes)
+
+    def _check_states(
+        self, x: Tensor, hx: State | None, batch: int, dim: int
+    ) -> tuple[Tensor, ...] | None:
+        """hx as a tuple of (L * D, B, H), checked against x."""
+        if hx is None:
+            return None
+        cell, given = CELLS[self.cell], cast(Any, hx)
+        try:  # what torch.nn asks of hx, for its very exceptions
+            state0: tuple[Tensor, ...] = (given,) if cell.states == 1 else (given[0], given[1])
+            dims = [s.dim() for s in state0]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            want = "a Tensor" if cell.states == 1 else "the pair (h0, c0)"
+            raise type(error)(f"hx of {self.mode} must be {want}, got {_said(hx)}") from error
+        if cell.states > 1 and isinstance(hx, Tensor):
+            raise TypeError(f"hx of {self.mode} must be the pair (h0, c0), got {_said(hx)}")
+        if cell.states > 1 and len(hx) != cell.states:
+            raise RuntimeError(f"hx must be {cell.states} tensors, got {len(hx)}")
+        if any(d != dim for d in dims):
+            kind = "batched" if dim == 3 else "unbatched"
+            found = (
+                f"{dims[0]}-D tensor" if len(dims) == 1 else f"({dims[0]}-D, {dims[1]}-D) tensors"
+            )
+            raise RuntimeError(
+                f"For {kind} {dim}-D input, {' and '.join(('hx', 'cx')[: len(dims)])} should also "
+                f"be {dim}-D but got {found}"
+            )
+        layers = self.num_layers * self.directions
+        for k, s in enumerate(state0):
+            s = s if dim == 3 else s.unsqueeze(1)
+            width = self.proj_size if k == 0 and self.proj_size else self.hidden_size
+            name = "hidden" if cell.states == 1 else f"hidden[{k}]"
+            self.check_hidden_size(
+                s, (layers, batch, width), f"Expected {name} size {{}}, got {{}}"
+            )
+            if s.device != x.device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, found input tensor at "
+                    f"{x.device} and hidden tensor at {s.device}"
+                )
+            if s.dtype != x.dtype and not autocast_enabled(x.device.type):
+                raise RuntimeError(f"hx must be {x.dtype} as input is, got {s.dtype}")
+        return state0 if dim == 3 else tuple(s.unsqueeze(1) for s in state0)
+
+    def _check_weights(self, x: Tensor, weights: list[Any]) -> None:
+        """Shape, dtype and device of every weight; nothing after this looks at them again."""
+        if torch._C._get_tracing_state() is not None:  # sizes are being recorded
+            return
+        rows, width = CELLS[self.cell].gates * self.hidden_size, self.proj_size or self.hidden_size
+        rest = [(rows, width)] + [(rows,)] * (2 * self.bias)
+        rest += [(width, self.hidden_size)] * bool(self.proj_size)
+        shapes = [(rows, self.input_size), *rest] * self.directions
+        shapes += [(rows, self.directions * width), *rest] * (
+            self.directions * (self.num_layers - 1)
+        )
+        mixed = autocast_enabled(x.device.type)
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
+            if tuple(weight.shape) != shape:
+                raise RuntimeError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+            if weight.device != x.device:
+                raise RuntimeError(
+                    "Input and parameter tensors are not at the same device, found input tensor "
+                    f"at {x.device} and parameter tensor {name} at {weight.device}"
+                )
+            if weight.dtype != x.dtype and not mixed:
+                raise RuntimeError(f"{name} must be {x.dtype} as input is, got {weight.dtype}")
