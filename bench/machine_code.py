@@ -15,24 +15,28 @@ WEIGHTS = "weight_hh"
 LOAD = re.compile(
     r"(tt\.(load|gather|descriptor_load|descriptor_gather|atomic_\w+)"
     r"|amd\w*\.buffer_(load|atomic)\w*|ttn?g\.async_(tma_)?copy_global_to_local)\b"
+    r"|tt\.elementwise_inline_asm \"[^\"]*\bld\.global\b"
 )
 DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)(?=\s)")
 VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
 OPERAND = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)[a-z]+(\d+)")  # its shape, bits of an element
 
 
-class Value(NamedTuple):
-    argument: str = ""  # the kernel's argument that it comes from
-    place: str = ""  # where its elements lie
+class Made(NamedTuple):
+    """How a value was made: by which operation, of which values, and whether in the time loop."""
+
+    operation: str
+    operands: list[str]
+    inside: bool
 
 
 class IrLoop(NamedTuple):
     """The time loop as Triton's last IR has it, for one block."""
 
     loads: list[str]  # the arguments that are read from device memory, one entry a load
-    weights_in: str  # where the products of the loop find W_hh
+    weights_in: str  # where the products of the loop find W_hh, their left operand
     multiply_adds: int  # of the products
-    shared_bytes: int  # of their operands that lie in shared memory, each read once
+    shared_bytes: int  # of their operands that lie in shared memory, each tile of W_hh read once
     bits: int  # of an operand's element
 
 
@@ -43,61 +47,66 @@ def parse_ttgir(text: str) -> IrLoop:
     """
     lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
     start, end = time_loop(lines)
-    values: dict[str, Value] = {}  # what is known of each name
-    loads, places = [], set()
+    made: dict[str, Made] = {}
+    loads: list[str] = []
+    places: dict[str, str] = {}  # of the tiles of W_hh
     multiply_adds = shared_bytes = bits = 0
 
-    for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
-        inside = start < number < end
-        if line.startswith("tt.func"):
-            for name in re.findall(r"%(\w+): ", full_line):
-                values["%" + name] = Value(name.removesuffix("_ptr"))
-            continue
+    for number, line in enumerate(lines[:end]):
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        names = VALUE.findall(operation.partition(" : ")[0])
+        operands = VALUE.findall(operation)
         if operation.startswith("scf.for"):  # what it carries begins as what comes in
             carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", operation.partition("iter_args")[2])
-            values |= {name: values.get(initial, Value()) for name, initial in carried}
-            names = [initial for _, initial in carried]
-        operands = [values.get(name, Value()) for name in names]
-
-        if LOAD.match(operation):
-            argument = operands[0].argument
-            operands = [Value(argument, "device memory" if inside else "registers")]
-            if inside:
-                loads.append(argument)
-        elif DOT.match(operation):
-            if inside:
-                left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
-                *batch, rows, depth = map(int, left[0].split("x")[:-1])
-                columns, bits = int(right[0].split("x")[-2]), int(left[1])
-                depth *= math.prod(batch)  # of several products at once
-                multiply_adds += rows * columns * depth
-                places |= {v.place for v in operands[:2] if v.argument == WEIGHTS}
-                in_shared = rows * (operands[0].place == "shared memory") + columns
-                shared_bytes += in_shared * depth * bits // 8
-            operands = []
-        elif operands and operation.startswith(("ttg.local_alloc", "ttng.tmem_alloc")):
-            where = "shared" if operation.startswith("ttg.") else "tensor"
-            operands = [operands[0]._replace(place=f"{where} memory")]
-        elif operands and operation.startswith(("ttg.local_load", "ttng.tmem_load")):
-            if not inside:
-                operands[0] = operands[0]._replace(place="registers")
+            made |= {name: Made("carried", [initial], False) for name, initial in carried}
+            operands = [initial for _, initial in carried]
         elif operation.startswith("arith.select"):  # the first value chooses among the others
             operands = operands[1:]
-        if ":" not in results:  # made of several values, W_hh perhaps not the first
-            operands.sort(key=lambda value: value.argument != WEIGHTS)
         name, _, count = results.partition(":")
-        for i, value in enumerate(operands[: int(count or 1)]):
-            values[f"{name}#{i}" if count else name] = value
+        for i in range(int(count or 1)):
+            one = f"{name}#{i}" if count else name
+            made[one] = Made(operation, operands[i:], number > start)
 
-    return IrLoop(
-        loads=loads,
-        weights_in=" and ".join(sorted(places)) or "not found",
-        multiply_adds=multiply_adds,
-        shared_bytes=shared_bytes,
-        bits=bits,
-    )
+        if number > start and LOAD.match(operation):
+            loads.append(history(operands[0], made)[1])
+        elif number > start and DOT.match(operation):
+            left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
+            *batch, rows, depth = map(int, left[0].split("x")[:-1])
+            columns, bits = int(right[0].split("x")[-2]), int(left[1])
+            depth *= math.prod(batch)  # of several products at once
+            multiply_adds += rows * columns * depth
+            if operands[0] not in places:
+                places[operands[0]] = place(operands[0], made)
+                reads = places[operands[0]] == "shared memory"
+                shared_bytes += reads * rows * depth * bits // 8
+            shared_bytes += columns * depth * bits // 8
+
+    weights_in = " and ".join(sorted(set(places.values())))
+    return IrLoop(loads, weights_in, multiply_adds, shared_bytes, bits)
+
+
+def history(name: str, made: dict[str, Made]) -> tuple[list[Made], str]:
+    """How a value came about, the last operation first, and the argument that it began as."""
+    steps: list[Made] = []
+    while name in made:
+        steps.append(made[name])
+        if not made[name].operands:
+            break
+        name = made[name].operands[0]
+    return steps, name.removeprefix("%").removesuffix("_ptr")
+
+
+def place(name: str, made: dict[str, Made]) -> str:
+    """Where the left operand of a product lies when the loop begins, or from where it comes."""
+    for operation, _, inside in history(name, made)[0]:
+        if operation.startswith("ttg.local_alloc"):
+            return "shared memory"
+        if operation.startswith("ttng.tmem_alloc"):
+            return "tensor memory"
+        if operation.startswith(("ttg.local_load", "ttng.tmem_load")) and not inside:
+            return "registers"
+        if LOAD.match(operation):
+            return "device memory" if inside else "registers"
+    return "no place that is known"
 
 
 def time_loop(lines: list[str]) -> tuple[int, int]:
