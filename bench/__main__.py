@@ -12,7 +12,7 @@ forward, backward and training step, each by the median and the quantiles of 20 
   python -m bench --compare A.json B.json  what got slower; exit status 1 if anything did
   python -m bench --accept                 on a GPU: its tests, then this library against cuDNN
 
-It leaves results.json, README.md and a picture in --out. Rows that are there already, of the same
+It leaves results.json and README.md in --out. Rows that are there already, of the same
 commit, versions and machine, are kept, so an interrupted run goes on when it is started again.
 Exit status: 0; 1 if this library was wrong or crashed, or if --compare found something slower; 2 if
 it could not be done.
@@ -25,11 +25,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-try:
-    import matplotlib  # noqa: F401
-except ModuleNotFoundError:
-    print("python -m bench needs matplotlib: pip install -e '.[bench]'", file=sys.stderr)
-    sys.exit(2)
 import torch
 
 from rnn.jobs.cli import Parser, duration

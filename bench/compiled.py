@@ -40,14 +40,8 @@ from rnn.kernels.layout import Inputs
 from rnn.kernels.limits import Layer, NoPlan, Plan
 from rnn.kernels.plan import PortablePlan, plan
 
-from .machine_code import (
-    WEIGHTS,
-    CodeLoop,
-    IrLoop,
-    parse_code,
-    parse_resources,
-    parse_ttgir,
-)
+from .machine_code import WEIGHTS, CodeLoop, IrLoop, parse_code, parse_resources, parse_ttgir
+from .report import table
 
 DTYPES = {  # name: dtype, whether products may be rounded to tf32
     "bfloat16": (torch.bfloat16, True),
@@ -56,6 +50,7 @@ DTYPES = {  # name: dtype, whether products may be rounded to tf32
     "float32-ieee": (torch.float32, False),
 }
 LENGTHS = ("equal", "padded", "packed")
+ON_CHIP = {"registers", "shared memory", "tensor memory"}
 L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 
 Row = dict[str, Any]  # a line of the table, by column
@@ -221,7 +216,7 @@ def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
         return "W_hh is read from device memory in the loop"
-    if not set(row["W_hh_in"].split(" and ")) <= {"shared memory", "registers", "tensor memory"}:
+    if not set(row["W_hh_in"].split(" and ")) <= ON_CHIP:
         return f"W_hh is in {row['W_hh_in']}"
     if row["SRAM_B"] > sram_limit:
         return f"needs {row['SRAM_B']} of {sram_limit} bytes of SRAM"
@@ -283,12 +278,11 @@ def rows_of(job: Job, **changes: Any) -> list[Row]:
     rows = []
     for name, kernel in compile_launches(job.target, training_step, job, planned).items():
         row = head | {"kernel": name.removesuffix("_kernel")}
-        try:
-            if isinstance(kernel, Exception):
-                raise ValueError(f"{type(kernel).__name__}: {kernel}")
+        if isinstance(kernel, Exception):
+            reason = f"{type(kernel).__name__}: {kernel}".splitlines()[0]
+            row["verdict"] = f"this Triton cannot compile it: {reason}"
+        else:
             row |= figures(CHIPS[job.target], planned, row["kernel"], kernel)
-        except ValueError as error:  # of the compiler, or of a parser that did not find its loop
-            row["verdict"] = f"not compiled or not understood: {error}".splitlines()[0]
         rows.append(row)
     return rows
 
@@ -327,15 +321,6 @@ def text(figure: Any) -> str:
     return f"{figure:.0f}" if isinstance(figure, float) else str(figure)
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table; its last column is as wide as it comes."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    lines += [[text(row.get(name, "")) for name in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    widths[-1] = 0
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compiled",
@@ -365,7 +350,9 @@ def main() -> int:
     for target in args.target:
         chip = CHIPS[target]
         print(f"\n{target}: {chip.name}, {chip.sms} SMs at {chip.clock} GHz, {chip.sram} B of SRAM")
-        print(f"\n{table([row for row in rows if row['target'] == target])}")
+        here = [row for row in rows if row["target"] == target]
+        print()
+        print(table(COLUMNS, [[text(row.get(name, "")) for name in COLUMNS] for row in here]))
     ours = [row for row in rows if not row["verdict"].startswith("torch: ")]
     resident = sum(row["verdict"] == "resident" for row in ours)
     print(f"\n{resident} of {len(ours)} kernels resident")

@@ -1,18 +1,16 @@
-"""What is read of the results: lines of text, the page with its picture, and a README's summary."""
+"""What is read of the results: lines of text, the page, and a README's summary."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
-from matplotlib.figure import Figure
-
 from .cases import CELLS, Case
 from .measure import FIGURES, MAX_ROUNDS, MEASURED, MIN_ROUNDS
 from .providers import OURS, PROVIDERS
 from .store import BenchError, Results, write_whole
 
-PAGE, PICTURE = "README.md", "ratios.png"
+PAGE = "README.md"
 MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
 
 HOW = f"""\
@@ -38,8 +36,11 @@ SHORT = (
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Markdown, in columns; the last is as wide as it comes."""
     rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[-1] = 0
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def columns(results: Results, case: Case, provider: str) -> list[str]:
@@ -137,14 +138,12 @@ def all_figures(results: Results, cell: str) -> str:
 
 
 def write_page(results: Results, out: Path) -> None:
-    draw(results).savefig(out / PICTURE, dpi=80)
     parts = [
         f"# {results.header.device}",
         f"Written by `python -m bench`: {results.header}.",
         "## In short",
         SHORT,
         in_short(results),
-        f"![time of torch.nn / ours]({PICTURE})",
         "## How",
         HOW + "\n".join(f"- `{name}`: {provider.about}." for name, provider in PROVIDERS.items()),
         "## What ran",
@@ -154,27 +153,3 @@ def write_page(results: Results, out: Path) -> None:
     ]
     parts += [f"## {cell}\n\n{all_figures(results, cell)}" for cell in CELLS]
     write_whole(out / PAGE, "\n\n".join(parts) + "\n")
-
-
-def draw(results: Results) -> Figure:
-    """The ratios of ours to torch.nn: a panel for each cell, a line for each shape."""
-    shapes = list(dict.fromkeys(str(case).partition("-")[2] for case in results.cases()))[::-1]
-    figure = Figure(figsize=(3 + 3 * len(CELLS), 1.5 + 0.22 * len(shapes)), layout="constrained")
-    panels = figure.subplots(1, len(CELLS), sharex=True, sharey=True, squeeze=False).flat
-    for axes, cell in zip(panels, CELLS):
-        for name, colour in zip(FIGURES, ("C0", "C1", "C3")):
-            for provider, marker in zip(OURS, "ox"):
-                x = [results.ratio(f"{cell}-{shape}", provider, name) for shape in shapes]
-                points = [(ratio, y) for y, ratio in enumerate(x) if ratio]
-                if points:
-                    label = f"{name}, {provider}"
-                    axes.plot(*zip(*points), marker, color=colour, label=label, markersize=4)
-        axes.set_yticks(range(len(shapes)), shapes)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(title=cell, xlabel="time of torch.nn / ours")
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    return figure

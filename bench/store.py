@@ -8,9 +8,8 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -89,14 +88,6 @@ def make_header(device: torch.device) -> Header:
     return Header(FORMAT, device_name(device), threads, ", ".join(versions), commit(), load)
 
 
-def record(kind: type, values: dict[str, Any]) -> Any:
-    """The dataclass with those values. Raises ValueError where some are missing."""
-    missing = [f.name for f in fields(kind) if f.name not in values]
-    if missing:
-        raise ValueError(f"a {kind.__name__.lower()} lacks {', '.join(missing)}")
-    return kind(**values)
-
-
 class Results:
     def __init__(self, header: Header, rows: Iterable[Row] = ()) -> None:
         self.header = header
@@ -107,10 +98,10 @@ class Results:
         """Raises BenchError where the file is not one of ours, or lacks something."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            header = record(Header, data["header"])
+            header = Header(**data["header"])
             if header.format != FORMAT:
                 raise ValueError(f"its format is {header.format!r}, not {FORMAT!r}")
-            results = cls(header, [record(Row, row) for row in data["rows"]])
+            results = cls(header, [Row(**row) for row in data["rows"]])
             for row in results.rows.values():
                 Case.parse(row.case)
                 row.times = {name: Time(*map(float, time)) for name, time in row.times.items()}

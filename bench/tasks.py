@@ -14,16 +14,15 @@ it is the median of the last five. No sequence comes twice. Unlike in the papers
 Adam, the gradient's norm clipped at 1, with one rate a task (Le et al.: SGD, rate and clipping
 searched for each network and length); thousands of steps, not up to millions; two seeds.
 
-Each finished run is a line of --samples; started again, the command does what lacks.
+In the folder --out each finished run is a line of tasks.jsonl, and tasks.md is made of them all;
+started again, the command does what lacks.
 """
 
 import argparse
 import json
 import math
 import platform
-import re
 import statistics
-import subprocess
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -34,6 +33,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from rnn.patterns import ManyToMany, ManyToOne, Pattern, cross_entropy
+
+from . import store
+from .report import table
 
 EVALUATE_EVERY, HELD_OUT, SOLVED = 200, 1000, 0.06  # steps, sequences, share of the baseline
 
@@ -186,11 +188,10 @@ def verdict(sample: dict[str, Any]) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Where a sample comes from. The commit ends in -dirty if the tree had other changes."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    """Where a sample comes from."""
     return {
-        "commit": subprocess.getoutput("git describe --always --dirty --abbrev=12"),
-        "machine": f"{cpu[1] if cpu else platform.machine()}, one thread, float32",
+        "commit": store.commit(),
+        "machine": f"{store.device_name(torch.device('cpu'))}, one thread, float32",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
 
@@ -219,64 +220,39 @@ REPORTED = {
 def report(samples: dict[Job, dict[str, Any]]) -> str:
     """Markdown."""
     rows: dict[tuple[str, int, str], list[str]] = {}
-    for job, sample in samples.items():
+    for job, sample in sorted(samples.items(), key=lambda item: item[0]):
         runs = rows.setdefault((job.task, job.T, job.network), [])
         runs.append(f"seed {job.seed}: {verdict(sample)}")
     origins = sorted({", ".join(sample["environment"].values()) for sample in samples.values()})
     lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.", ""]
     lines += [*(f"- {origin}" for origin in origins), "", "Papers:", "", PAPERS]
-    lines += ["| task | T | network | baseline | runs | papers |", "|---|---|---|---|---|---|"]
+    cells = []
     for key, runs in rows.items():
-        cells = [*key, f"{TASKS[key[0]].baseline(key[1]):.4f}", "; ".join(runs)]
-        lines.append("| " + " | ".join(map(str, [*cells, REPORTED.get(key, "-")])) + " |")
+        baseline = f"{TASKS[key[0]].baseline(key[1]):.4f}"
+        cells.append([*map(str, key), baseline, REPORTED.get(key, "-"), "; ".join(runs)])
+    lines.append(table(["task", "T", "network", "baseline", "papers", "runs"], cells))
     return "\n".join(lines) + "\n"
-
-
-def plot(samples: dict[Job, dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    panels = list(dict.fromkeys((job.task, job.T) for job in samples))
-    rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
-    figure.suptitle("Loss on new sequences by step; dashed: baseline; dotted: solved below")
-    for i, (name, T) in enumerate(panels, 1):
-        baseline = TASKS[name].baseline(T)
-        axis = figure.add_subplot(rows, 3, i, title=f"{name}, {T=}", ylabel="loss", yscale="log")
-        for job, sample in samples.items():
-            if (job.task, job.T) == (name, T):
-                colour = f"C{list(NETWORKS).index(job.network)}"
-                axis.plot(*zip(*sample["losses"]), colour, label=None if job.seed else job.network)
-        axis.axhline(baseline, color="black", linestyle="--")
-        axis.axhline(SOLVED * baseline, color="black", linestyle=":")
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.tasks", None, __doc__, formatter_class=raw)
-    parser.add_argument("--samples", type=Path, default="runs/tasks.jsonl", help="JSON lines")
-    parser.add_argument("--results", type=Path, help="folder for tasks.json, tasks.md, tasks.png")
-    parser.add_argument("--report-only", action="store_true", help="of what --samples holds")
+    parser.add_argument("--out", type=Path, default="runs/tasks", help="default: runs/tasks")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a step is too small to share
-    args.samples.parent.mkdir(parents=True, exist_ok=True)
-    args.samples.touch()
-    done = [json.loads(line) for line in args.samples.read_text().splitlines()]
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "tasks.jsonl"
+    path.touch()
+    done = [json.loads(line) for line in path.read_text().splitlines()]
     samples = {Job(**sample["job"]): sample for sample in done}
     here = environment()
-    for job in JOBS if not args.report_only else ():
+    for job in JOBS:
         if job not in samples:
             samples[job] = {"job": job._asdict(), **train(job), "environment": here}
-            with args.samples.open("a") as file:
+            with path.open("a") as file:
                 file.write(json.dumps(samples[job]) + "\n")
         print(*job[:4], verdict(samples[job]), sep=", ", flush=True)
-    samples = {job: samples[job] for job in sorted(JOBS) if job in samples}
-    if args.results:
-        text = ",\n".join(map(json.dumps, samples.values()))
-        (args.results / "tasks.json").write_text(f"[\n{text}\n]\n")
-        (args.results / "tasks.md").write_text(report(samples))
-        plot(samples, args.results / "tasks.png")
+        (args.out / "tasks.md").write_text(report(samples))
 
 
 if __name__ == "__main__":

@@ -41,3 +41,40 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The checkpoint of a run of one step, as bytes."""
+    from commands import TEXT
+
+    from rnn.jobs import charlm, cli
+    from rnn.jobs.language_model import Settings
+
+    folder = tmp_path_factory.mktemp("one-step")
+    (folder / "text.txt").write_text(TEXT)
+    settings = Settings(
+        hidden_size=16, backend="torch", device="cpu", seconds=1e-9, text=str(folder / "text.txt")
+    )
+    charlm.run(settings, folder)
+    return (folder / cli.CHECKPOINT).read_bytes()
+
+
+@pytest.fixture
+def path(one_step, tmp_path):
+    """The file of such a checkpoint, in a folder of its own."""
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(one_step)
+    return path
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """No kernel touches an address outside of its tensors."""
+    if not torch.cuda.is_available():
+        from interpreted import Checked
+
+        from rnn.kernels import launch
+
+        monkeypatch.setattr(launch, "forward_kernel", Checked(launch.forward_kernel))
+        monkeypatch.setattr(launch, "backward_kernel", Checked(launch.backward_kernel))

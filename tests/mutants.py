@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
 
 LOOPS = "tests/test_kernels.py -k 'each_cell or packed or padding or several_steps'"
 FAR = "tests/test_kernels.py -k 64_bits"
-TF32 = "tests/test_kernels.py -k 'tf32 or rounding or nan'"
+TF32 = "tests/test_kernels.py tests/test_kernel_numbers.py -k 'tf32 or rounding or nan'"
 LAYOUTS = "tests/test_kernels.py -k 'one_piece or layout'"
 SLICES = "tests/test_slices.py"
 TORCH = "tests/test_recurrence.py -k test_torch_backend"

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from twins import (
     BACKENDS,
+    DEEP,
     IEEE,
+    LENGTHS,
     H,
     I,
     assert_same,
@@ -25,9 +27,6 @@ from twins import (
 import rnn
 
 pytestmark = IEEE
-
-DEEP = {"num_layers": 2, "bidirectional": True}
-LENGTHS = torch.tensor([2, 6, 0])
 
 # Accumulation, clipping, scaling.
 

@@ -8,8 +8,7 @@ import torch
 from commands import TEXT, refusal
 
 from rnn.__main__ import main
-from rnn.jobs import charlm, cli
-from rnn.jobs.language_model import Settings
+from rnn.jobs import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,25 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def one_step(tmp_path_factory):
-    """The checkpoint of a run of one step, as bytes."""
-    folder = tmp_path_factory.mktemp("one-step")
-    (folder / "text.txt").write_text(TEXT)
-    settings = Settings(
-        hidden_size=16, backend="torch", device="cpu", seconds=1e-9, text=str(folder / "text.txt")
-    )
-    charlm.run(settings, folder)
-    return (folder / cli.CHECKPOINT).read_bytes()
-
-
-@pytest.fixture
-def path(one_step, tmp_path):
-    path = tmp_path / cli.CHECKPOINT
-    path.write_bytes(one_step)
     return path
 
 

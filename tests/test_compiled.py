@@ -11,19 +11,13 @@ import pytest
 
 from bench import compiled as tool
 from bench.compiled import Job
-from bench.machine_code import (
-    CodeLoop,
-    IrLoop,
-    parse_code,
-    parse_resources,
-    parse_ttgir,
-)
+from bench.machine_code import CodeLoop, IrLoop, parse_code, parse_resources, parse_ttgir
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
 from rnn.kernels.limits import NoPlan
 from rnn.kernels.plan import PortablePlan
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # -------------------------------------------------------------------------- the library's kernels
 
@@ -61,18 +55,25 @@ def rows(compiling):
     return found
 
 
+def compiler_fails(job, kernel):
+    """Triton's own fault: one of its passes fails on this kernel."""
+    return job.target == "gfx942" and kernel == "backward" and triton.__version__ < "3.8"
+
+
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job[:-1])))
 def test_resident(job, rows):
     plan = job.plan()
-    if isinstance(plan, NoPlan):
-        assert [row["verdict"] for row in rows[job]] == [f"torch: {plan.why}"]
-        return
+    assert not isinstance(plan, NoPlan), plan
     assert [row["kernel"] for row in rows[job]] == ["forward", "backward"]
     allowed = {"forward": {"x_gates"}, "backward": {"d_output", "output", "stored"}}
     shared = {"offsets"} if job.lengths == "packed" else set()
     portable = isinstance(plan, PortablePlan)
     shared |= {"flags", "exchange"} if portable and plan.slices > 1 else set()
     for row in rows[job]:
+        if compiler_fails(job, row["kernel"]):
+            fault = "this Triton cannot compile it: RuntimeError: PassManager::run failed"
+            assert row["verdict"] == fault
+            continue
         assert row["verdict"] == "resident"
         assert row["spill_B"] == 0 and row["mma"] > 0 and row["bar"] > 0
         assert row["SRAM_B"] <= plan.sram
@@ -90,8 +91,8 @@ def worker(compiling):
 
 
 def test_a_spill_fails(worker):
-    """4 warps cannot hold their share of the accumulators and operands in registers."""
-    for row in worker(tool.rows_of, Job("sm_80", "rnn_tanh", 256, "bfloat16"), num_warps=4):
+    """One warp cannot hold the tiles of three gates in its registers."""
+    for row in worker(tool.rows_of, Job("sm_80", "gru", 64, "bfloat16"), num_warps=1):
         assert row["spill_B"] > 0 and row["spill_instr"] > 0
         assert row["verdict"].startswith("spills; accesses a step: ")
 
@@ -139,7 +140,8 @@ def test_the_command(capsys, monkeypatch):
         ({}, "resident"),
         ({"spill_B": 8, "spill_instr": 2}, "spills; accesses a step: 2"),
         ({"loads": Counter(["weight_hh"])}, "W_hh is read from device memory in the loop"),
-        ({"W_hh_in": "not found"}, "W_hh is in not found"),
+        ({"W_hh_in": "registers and shared memory"}, "resident"),
+        ({"W_hh_in": "device memory and registers"}, "W_hh is in device memory and registers"),
         ({"SRAM_B": 30}, "needs 30 of 20 bytes of SRAM"),
     ],
 )

@@ -193,7 +193,7 @@ def test_without_another_engine_it_raises(hopper_fails, monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_on_a_gpu(cell, H, B, dtype):
     """Against float64: what the rounding of inputs and states explains, and no more."""
-    from test_kernels import run
+    from launched import run
 
     case = Case(cell, T=5, B=B, H=H, lengths="ragged", reverse=True)
     p = problem(case)

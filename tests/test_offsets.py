@@ -13,7 +13,7 @@ from rnn.cells import CELLS
 
 pytest.importorskip("triton")
 
-from test_kernels import planned
+from launched import planned
 from test_slices import sliced
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 

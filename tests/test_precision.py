@@ -4,7 +4,9 @@ import pytest
 import torch
 from twins import (
     BACKENDS,
+    DEEP,
     IEEE,
+    LENGTHS,
     I,
     assert_same,
     each_backend,
@@ -19,9 +21,6 @@ from twins import (
 from rnn import torch_path
 
 pytestmark = IEEE
-
-DEEP = {"num_layers": 2, "bidirectional": True}
-LENGTHS = torch.tensor([2, 6, 0])
 
 
 @each_backend

@@ -10,7 +10,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from twins import (
     BACKENDS,
+    DEEP,
     IEEE,
+    LENGTHS,
     assert_same,
     each_backend,
     each_cell,
@@ -23,9 +25,6 @@ from twins import (
 )
 
 pytestmark = IEEE
-
-DEEP = {"num_layers": 2, "bidirectional": True}
-LENGTHS = torch.tensor([2, 6, 0])
 
 
 def strided(x):

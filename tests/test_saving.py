@@ -11,31 +11,11 @@ import torch
 from commands import ENVIRONMENT, TEXT, refusal
 
 from rnn.__main__ import main
-from rnn.jobs import charlm, checkpoint, cli, files
+from rnn.jobs import checkpoint, files
 from rnn.jobs.checkpoint import Saver
 from rnn.jobs.cli import JobError
-from rnn.jobs.language_model import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def one_step(tmp_path_factory):
-    """The checkpoint of a run of one step, as bytes."""
-    folder = tmp_path_factory.mktemp("one-step")
-    (folder / "text.txt").write_text(TEXT)
-    settings = Settings(
-        hidden_size=16, backend="torch", device="cpu", seconds=1e-9, text=str(folder / "text.txt")
-    )
-    charlm.run(settings, folder)
-    return (folder / cli.CHECKPOINT).read_bytes()
-
-
-@pytest.fixture
-def path(one_step, tmp_path):
-    path = tmp_path / cli.CHECKPOINT
-    path.write_bytes(one_step)
-    return path
 
 
 def names(folder):

@@ -8,7 +8,7 @@ from cases import Case, assert_close_to_float64, problem
 
 pytest.importorskip("triton")
 
-from test_kernels import from_bits, run, sorted_lengths
+from launched import from_bits, run, sorted_lengths
 
 from rnn.cells import CELLS
 from rnn.kernels import faults, launch

@@ -24,6 +24,8 @@ RUNS: list[Any] = [
     ("auto", torch.float32),
     ("triton", torch.float32),
 ]
+DEEP = {"num_layers": 2, "bidirectional": True}
+LENGTHS = torch.tensor([2, 6, 0])  # of the rows of problem()
 BACKENDS: list[Any] = ["torch", "auto", "triton"]
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
