@@ -112,7 +112,7 @@ def test_where_it_pays():
     for trained in (False, True):
         assert pays([8] * 9, 64, trained)
         assert not pays([64, *[1] * 99], 64, trained)
-    assert pays([8] * 40 + [1] * 60, 128, False) and not pays([8] * 40 + [1] * 60, 128, True)
+    assert pays([8] * 80 + [1] * 20, 256, False) and not pays([8] * 40 + [1] * 60, 256, False)
     assert not pays([8] * 90 + [7] * 10, 256, True)
 
 
