@@ -51,6 +51,9 @@ class Cell:
     params: tuple[str, ...] = ()
     inner_bias: tuple[int, ...] = ()  # gates whose b_hh is no part of x_gates: params[k] is it
     split: tuple[int, ...] = ()  # gates whose d_h_gates differs from d_x_gates
+    # The cell's own learnable vectors, which come last in params: their names, and the value that
+    # each starts with or a function that fills it in place.
+    own_params: tuple[tuple[str, Any], ...] = ()
 
     @property
     def stored(self) -> int:
