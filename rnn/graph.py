@@ -59,13 +59,18 @@ class Graph:
     def apply(self, op: str, *args: int) -> int:
         """An operation, without what changes nothing. Truths become 1 and 0 where numbers are
         wanted, and arguments that commute have one order."""
-        truths = {"where": 1}.get(op, len(args) if OPERATIONS[op].of_truths else 0)
+        truths = OPERATIONS[op].truths
         numbers = (self.apply("number", a) if self.is_truth(a) else a for a in args[truths:])
         args = (*args[:truths], *numbers)
         constants = [self.number(a) for a in args]
         known = [n for n in constants if n is not None]
-        if len(known) == len(args) and not OPERATIONS[op].truth:
+        if len(known) == len(args):
             return self.constant(evaluate(op, known))
+        if op == "where" and constants[0] is not None:
+            return args[1] if constants[0] else args[2]
+        if op in ("and", "or") and known:
+            constant, other = args if constants[0] is not None else args[::-1]
+            return other if bool(known[0]) == (op == "and") else constant
         if op in ("add", "mul") and constants[0] is not None:
             args, constants = args[::-1], constants[::-1]
         if (op, constants[-1]) in (("add", 0.0), ("sub", 0.0), ("mul", 1.0), ("div", 1.0)):

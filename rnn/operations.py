@@ -19,16 +19,16 @@ class Operation(NamedTuple):
     level: int = CALL
     costly: bool = False  # many instructions: better kept than computed again
     truth: bool = False  # its result is true or false
-    of_truths: bool = False  # so are its arguments, or the first of them
+    truths: int = 0  # how many of its first arguments are true or false
     tensors: bool = False  # PyTorch's form takes no plain number
 
 
-def infix(symbol: str, level: int, **more: bool) -> Operation:
+def infix(symbol: str, level: int, **more: Any) -> Operation:
     text = f"{{0}} {symbol} {{1}}"
     return Operation(text, text, level, **more)
 
 
-def call(name: str, triton: str = "", **more: bool) -> Operation:
+def call(name: str, triton: str = "", **more: Any) -> Operation:
     """A function of one argument, of the same name in PyTorch and in kernels/functions.py."""
     return Operation(f"torch.{name}({{0}})", triton or f"{name}({{0}})", **more)
 
@@ -55,8 +55,8 @@ OPERATIONS = {
     "sign": call("sign"),
     "maximum": Operation("torch.maximum({0}, {1})", "maximum({0}, {1})", tensors=True),
     "minimum": Operation("torch.minimum({0}, {1})", "minimum({0}, {1})", tensors=True),
-    "where": Operation("torch.where({0}, {1}, {2})", "tl.where({0}, {1}, {2})", of_truths=True),
-    "number": Operation("{0}.to({like}.dtype)", "tl.where({0}, 1.0, 0.0)", of_truths=True),
+    "where": Operation("torch.where({0}, {1}, {2})", "tl.where({0}, {1}, {2})", truths=1),
+    "number": Operation("{0}.to({like}.dtype)", "tl.where({0}, 1.0, 0.0)", truths=1),
     "detach": Operation("{0}.detach()", "{0}"),
     "gt": infix(">", COMPARISON, truth=True),
     "ge": infix(">=", COMPARISON, truth=True),
@@ -64,15 +64,16 @@ OPERATIONS = {
     "le": infix("<=", COMPARISON, truth=True),
     "eq": infix("==", COMPARISON, truth=True),
     "ne": infix("!=", COMPARISON, truth=True),
-    "and": infix("&", AND, truth=True, of_truths=True),
-    "or": infix("|", OR, truth=True, of_truths=True),
-    "not": Operation("~{0}", "~{0}", SIGN, truth=True, of_truths=True),
+    "and": infix("&", AND, truth=True, truths=2),
+    "or": infix("|", OR, truth=True, truths=2),
+    "not": Operation("~{0}", "~{0}", SIGN, truth=True, truths=1),
 }
 
 
 def evaluate(op: str, numbers: list[float]) -> float:
-    """An operation on plain numbers."""
-    tensors = [torch.tensor(n, dtype=torch.float64, device="cpu") for n in numbers]
+    """An operation on plain numbers; a truth is 1 or 0."""
+    dtypes = [torch.bool if k < OPERATIONS[op].truths else torch.float64 for k in range(3)]
+    tensors = [torch.tensor(n, dtype=d, device="cpu") for n, d in zip(numbers, dtypes)]
     text = OPERATIONS[op].torch.format("a", "b", "c", like="a")
     return float(eval(text, {"torch": torch}, dict(zip("abc", tensors))))
 
@@ -163,7 +164,7 @@ def _one_over(graph: Graph, x: int) -> int:
 
 LOWERINGS: dict[str, Lowering] = {
     **{op: _apply(op) for op in _SAME},
-    **{name: _same for name in ("clone", "alias", "lift_fresh_copy", "expand")},
+    **{name: _same for name in ("clone", "alias", "lift_fresh", "lift_fresh_copy", "expand")},
     **{name: _full(0) for name in ("zeros_like", "new_zeros", "zeros", "empty_like")},
     **{name: _full(1) for name in ("ones_like", "new_ones", "ones")},
     **{name: _full(None) for name in ("full_like", "new_full", "full", "scalar_tensor", "fill")},
