@@ -132,6 +132,13 @@ class Checked(torch.nn.RNNBase):
         self.check_hidden_size(hidden[0], expected, "Expected hidden[0] size {}, got {}")
         self.check_hidden_size(hidden[1], cell_size, "Expected hidden[1] size {}, got {}")
 
+    def _zeros(self, x: Tensor, layers: int, batch: int) -> tuple[Tensor, ...]:
+        """The states that a call without hx starts from."""
+        h = x.new_zeros(layers, batch, self.proj_size or self.hidden_size)
+        if CELLS[self.cell].states == 1:
+            return (h,)
+        return h, x.new_zeros(layers, batch, self.hidden_size) if self.proj_size else h
+
     def _check_as_the_subclass_asks(self, p: Prepared) -> None:
         layers, widths = self.num_layers * self.directions, (self.proj_size, 0)
         state0 = p.state0 or tuple(

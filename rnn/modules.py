@@ -11,10 +11,10 @@ from .cells import CELLS, Cell
 from .checked import compute_dtype
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
-from .recurrent import Recurrent
+from .recurrent import RecurrentBase
 
 
-class RNN(Recurrent[Tensor]):
+class RNN(RecurrentBase[Tensor]):
     """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
     torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
 
@@ -53,7 +53,7 @@ class RNN(Recurrent[Tensor]):
         self.nonlinearity = nonlinearity
 
 
-class GRU(Recurrent[Tensor]):
+class GRU(RecurrentBase[Tensor]):
     """A stack of gated recurrent units, in place of torch.nn.GRU:
 
         r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -80,7 +80,7 @@ class GRU(Recurrent[Tensor]):
         super().__init__("GRU", *args, backend=backend, **kwargs)
 
 
-class LSTM(Recurrent[tuple[Tensor, Tensor]]):
+class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
     """A stack of long short-term memory layers, in place of torch.nn.LSTM:
 
         i, f, o = sigmoid(W_i. x_t + b_i. + W_h. h_{t-1} + b_h.)   each with weights of its own
@@ -112,7 +112,7 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
+MODULES: dict[str, Callable[..., RecurrentBase]] = {  # of each cell, by its name
     "rnn_tanh": partial(RNN, nonlinearity="tanh"),
     "rnn_relu": partial(RNN, nonlinearity="relu"),
     "gru": GRU,
@@ -121,14 +121,14 @@ MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
 
 
 def explain(
-    module: Recurrent, input: Tensor | PackedSequence, lengths: Tensor | None = None
+    module: RecurrentBase, input: Tensor | PackedSequence, lengths: Tensor | None = None
 ) -> str:
     """Say for each layer which backend runs for this input, with the plan or the reason.
 
     Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
     cannot run among it; TypeError for another module than rnn.RNN, rnn.GRU and rnn.LSTM.
     """
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, RecurrentBase):
         raise TypeError(
             "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
             f"{type(module).__name__}"

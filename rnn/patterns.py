@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from .functional import check_lengths
 from .generation import Generated, State, evaluating, generate
 from .modules import MODULES
-from .recurrent import Recurrent
+from .recurrent import RecurrentBase
 
 IGNORED = -100  # a label that the loss leaves out
 
 
-def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> Recurrent:
+def recurrent(
+    cell: str, input_size: int, hidden_size: int, options: dict[str, Any]
+) -> RecurrentBase:
     if cell not in MODULES:
         raise ValueError(f"cell must be one of {sorted(MODULES)}, got {cell!r}")
     if options.get("batch_first"):

@@ -317,7 +317,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
         "nothing-runs-again": ("if run_again and layer.cell.stored:", "if False:"),
     },
-    ("rnn/recurrent.py", "tests/test_explain.py"): {
+    ("rnn/checked.py", "tests/test_explain.py"): {
         "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
     },
 }
