@@ -12,7 +12,7 @@ if not (_folder / "kernels").is_dir():
 from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
 from .convert import convert
 from .functional import recurrence
-from .modules import GRU, LSTM, RNN, explain
+from .modules import GRU, LSTM, RNN, Recurrent, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ManyToOne",
     "OneToMany",
     "OneToOne",
+    "Recurrent",
     "convert",
     "explain",
     "recurrence",

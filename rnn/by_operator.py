@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .checked import MODES, Checked, Prepared, compute_dtype
 from .dispatch import Backend
-from .kernels.limits import NoPlan
-from .operators import Stack, run_stack, why_faster
+from .operators import OPERATORS, Stack, run_stack, why_faster
 from .padding import pays, run_padded_lstm
 from .run import needs_plain_operations
 
@@ -42,6 +41,11 @@ class ByOperator(Checked):
 
     def __prepare_scriptable__(self) -> torch.nn.RNNBase:
         """torch.jit.script compiles torch.nn's module in place of this one, on the same weights."""
+        if self.mode not in MODES:
+            raise RuntimeError(
+                "torch.jit.script compiles the module of torch.nn in place of one of rnn, and "
+                f"there is none of the cell {self.cell!r}: use torch.compile or torch.export"
+            )
         twin = MODES[self.mode].twin(
             self.input_size,
             self.hidden_size,
@@ -60,6 +64,8 @@ class ByOperator(Checked):
     def why_pytorchs_operator(self, p: Prepared) -> str:
         """Why torch.nn's own operator runs the whole call; empty where rnn's layers do."""
         why = ""
+        if self.cell not in OPERATORS:
+            return why
         if self.proj_size:
             why = "proj_size: no layer of ours has a projection"
         elif p.lengths is None and exported_with_fixed_steps(p):
@@ -90,7 +96,7 @@ class ByOperator(Checked):
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             return ""
         differentiated = (x, *(p.state0 or ()), *p.weights)
-        if needs_plain_operations(self.cell, NoPlan(""), differentiated):
+        if needs_plain_operations(differentiated):
             return ""
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
         if p.packed is None:

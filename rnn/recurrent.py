@@ -15,7 +15,7 @@ from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS, Backend
 from .functional import State
 from .layer import Spec
-from .run import can_be_op, run, values_are_hidden
+from .run import run, transformed, values_are_hidden
 from .segments import Segments, check_resets
 
 S = TypeVar("S")  # the type of a module's state: Tensor, or of an LSTM the pair
@@ -113,7 +113,7 @@ class RecurrentBase(ByOperator, Generic[S]):
             return True
         if not isinstance(input, PackedSequence):
             return False
-        in_graph = batch_of_packed(input, hx) and can_be_op(self.cell)
+        in_graph = batch_of_packed(input, hx) and not transformed()
         return not in_graph or self.checkpoint_every is not None
 
     def step(self, x_t: Tensor, state: S | None = None) -> tuple[Tensor, S]:
