@@ -13,7 +13,7 @@ from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next line
 from .convert import convert
 from .derive import cell, source, straight_through
 from .functional import recurrence
-from .modules import GRU, LSTM, RNN, explain
+from .modules import GRU, LSTM, RNN, Recurrent, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ManyToOne",
     "OneToMany",
     "OneToOne",
+    "Recurrent",
     "cell",
     "convert",
     "explain",

@@ -1,4 +1,4 @@
-"""Cells from the literature, each in a few lines, for `rnn.Recurrent` and as examples of `rnn.cell`.
+"""Cells from the literature, for `rnn.Recurrent`, and as examples of `rnn.cell`.
 
 `import rnn` does not import this file: it derives all of them, which takes seconds.
 """

@@ -376,7 +376,7 @@ def test_wrong_arguments():
         rnn.cell(gates=0)
     with pytest.raises(ValueError, match="must be an identifier, got 'a b'"):
         rnn.cell(gates=1, params={"a b": 1.0})
-    with pytest.raises(TypeError, match="a cell that rnn.cell made"):
+    with pytest.raises(TypeError, match=r"a cell that rnn\.cell made"):
         rnn.source(CELLS["gru"])
     with pytest.raises(ValueError, match="language must be one of"):
         rnn.source(derive("gru"), "cuda")
