@@ -193,6 +193,26 @@ def test_what_the_states_tell_is_not_saved():
     assert (cell.saved, cell.reads, cell.recalls) == (0, (1,), False)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy: 0 / 0
+def test_rows_that_do_not_exist_are_not_summed(nan_filled):
+    """In the kernels their states are 0, and the gradient of a param would be NaN there."""
+    pytest.importorskip("triton")
+    from launched import DEVICE, planned, run
+
+    def step(x, h_gates, state, params):
+        return (torch.tanh(x[0] + h_gates[0]) * params["w"] / state[0],)
+
+    case = Case(rnn.cell(gates=1, params={"w": 1.0})(step).name, T=1, B=3, H=17)
+    p = problem(case)
+    p = p._replace(state0=(p.state0[0].abs() + 1,)).to(torch.float32, DEVICE)
+    got = run(case, p, planned(case, torch.float32))
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_a_lambda():
+    assert rnn.cell(gates=1)(lambda x, h, s, p: (x[0] + h[0],)).name.startswith("cell_")
+
+
 def test_straight_through_is_exact():
     u = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     value = (u > 0).to(u.dtype) * 0.1
@@ -296,6 +316,13 @@ def size(x, h_gates, state, params):
     return ((x[0] + h_gates[0]) / x[0].size(1),)
 
 
+WEIGHT = torch.nn.Parameter(torch.tensor(0.5))
+
+
+def from_elsewhere(x, h_gates, state, params):
+    return ((x[0] + h_gates[0]) * WEIGHT,)
+
+
 class Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -337,6 +364,7 @@ def hidden(x, h_gates, state, params):
         (one_more_gate, 2, r"gate 0 of 2 is not used"),
         (constant, 1, r"no gradient reaches"),
         (size, 1, r"something else for another size"),
+        (from_elsewhere, 1, r"reads a tensor from elsewhere: name it in params.*\* WEIGHT"),
         (own_derivative, 1, r"gradient is not that of its operations.*straight_through"),
         (hidden, 1, r"gradient is not that of its operations"),
     ],
@@ -376,6 +404,8 @@ def test_wrong_arguments():
         rnn.cell(gates=0)
     with pytest.raises(ValueError, match="must be an identifier, got 'a b'"):
         rnn.cell(gates=1, params={"a b": 1.0})
+    with pytest.raises(TypeError, match="made of a Python function, got <built-in"):
+        rnn.cell(gates=1)(torch.tanh)
     with pytest.raises(TypeError, match=r"a cell that rnn\.cell made"):
         rnn.source(CELLS["gru"])
     with pytest.raises(ValueError, match="language must be one of"):

@@ -116,7 +116,6 @@ COMPILED = [("sm_80", "slstm"), ("sm_90", "slstm"), ("sm_90", "spiking")]
 def rows_of_all() -> list:
     """In a process of its own, where kernels are compiled."""
     from bench.compiled import Job, rows_of
-
     from rnn import gallery
 
     jobs = [Job(target, getattr(gallery, name).name, 64, "bfloat16") for target, name in COMPILED]
