@@ -342,4 +342,5 @@ def backward_kernel(
         unit = gl.arange(0, WHOLE, gl.SliceLayout(1, UNITS))
         for p in gl.static_range(len(d_params)):
             part = (p * gl.num_programs(0) + gl.program_id(0)).to(gl.int64) * D + direction
-            gl.store(d_params_ptr + part * H + unit, gl.sum(d_params[p], 1), mask=unit < H)
+            d_param = gl.sum(gl.where(mask, d_params[p], 0.0), 1)  # of rows that exist
+            gl.store(d_params_ptr + part * H + unit, d_param, mask=unit < H)

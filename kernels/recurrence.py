@@ -401,4 +401,5 @@ def backward_kernel(
         unit = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
         for p in tl.static_range(len(d_params)):
             part = (p * tiles + tile).to(tl.int64) * D + direction
-            tl.store(d_params_ptr + part * H + unit, tl.sum(d_params[p], 1), mask=unit < H)
+            d_param = tl.sum(tl.where(mask, d_params[p], 0.0), 1)  # of rows that exist
+            tl.store(d_params_ptr + part * H + unit, d_param, mask=unit < H)
