@@ -214,6 +214,8 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
             K_STEP * k_steps + (32 if gates == 1 else 75 if ctas == 1 else 55) * num_warps
         )
         if ctas == 1:
+        if ragged_alone(layer, ctas, num_warps):
+            continue
             clocks += 50
         else:
             clocks += EXCHANGE + whole * rows * 4 / CLUSTER_BYTES_PER_CLOCK
