@@ -83,9 +83,8 @@ def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
         return NoPlan(f"the kernels take {known}, got {layer.dtype_name}")
     portable = min(plans_of(layer, limits), key=lambda plan: plan.cost(), default=None)
     refusal = hopper_plan.refusal(layer, limits)
-    offered = [] if refusal else hopper_plan.plans_of(layer, limits)
-    hopper = min(offered, key=lambda plan: plan.cost(), default=None)
-    if hopper is None and portable is None:
+    offers = [] if refusal else hopper_plan.offers(layer, limits)
+    if not offers and portable is None:
         return NoPlan(
             f"W_hh of {layer.gates} gate(s) and hidden size {layer.hidden_size} in "
             f"{layer.dtype_name}, in {layer.directions} direction(s), fits the SRAM of no number "
@@ -93,17 +92,26 @@ def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
             f"{limits.sram / 1024:.0f} KiB)"
             + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
         )
-    if hopper is None:
+    if not offers:
         assert portable is not None
         why = f"the Hopper engine {refusal or 'has no room for W_hh'}"
         return replace(portable, why=why if limits.matrix_unit == "wgmma" else "")
-    if portable is None:
-        return replace(hopper, why="W_hh does not fit the portable engine")
-    ours, other = f"{hopper.cost()} clocks", f"{portable.cost()}"
-    if hopper.cost() <= portable.cost():
-        why = f"{ours} a step by the model, not measured; the portable engine {other}"
-        return replace(hopper, why=why, otherwise=portable)
-    return replace(portable, why=f"{other} clocks a step by the model; the Hopper engine {ours}")
+    # Each plan is followed by what takes over from it, ever dearer; the portable engine is last.
+    chosen: Plan | None = None
+    if portable is not None:
+        cost = f"{portable.cost()} clocks a step by the model"
+        chosen = replace(portable, why=f"{cost}; the Hopper engine {offers[0].cost()} clocks")
+    for hopper in reversed(offers):
+        if portable is None:
+            why = "W_hh does not fit the portable engine"
+        elif hopper.cost() <= portable.cost():
+            why = f"{hopper.cost()} clocks a step by the model, not measured"
+            why += f"; the portable engine {portable.cost()}"
+        else:
+            continue
+        chosen = replace(hopper, why=why, otherwise=chosen)
+    assert chosen is not None
+    return chosen
 
 
 def plans_of(layer: Layer, limits: Limits) -> Iterator[PortablePlan]:
