@@ -56,8 +56,8 @@ class HopperPlan(Plan):
         """Of the larger cluster of the two passes."""
         return max(self.forward.ctas, self.backward.ctas)
 
-    def cost(self) -> int:
-        clusters = self.tiles * self.directions
+    def cost_of(self, tiles: int) -> int:
+        clusters = tiles * self.directions
         passes = (self.forward, self.backward)
         return sum(waves(clusters, p.ctas, self.limits) * p.clocks for p in passes) // 2
 
@@ -107,8 +107,7 @@ def offers(layer: Layer, limits: Limits) -> list[HopperPlan]:
 def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:
     """The best plan for each height of a batch tile and each limit of a cluster's size."""
     for rows in (8, 16):
-        forward = list(forward_passes(layer, limits, rows))
-        backward = list(backward_passes(layer, limits, rows))
+        forward, backward = passes(layer._replace(batch=0), limits, rows)
         tiles = -(-layer.batch // rows)
         for most in (CLUSTERS[-1], PORTABLE_CLUSTER):
             forward = [how for how in forward if how.ctas <= most]
@@ -128,6 +127,12 @@ def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:
                 forward=f,
                 backward=b,
             )
+
+
+@lru_cache(maxsize=1024)
+def passes(layer: Layer, limits: Limits, rows: int) -> tuple[list[Pass], list[Pass]]:
+    """All forward and all backward passes; of the layer, the batch does not matter."""
+    return list(forward_passes(layer, limits, rows)), list(backward_passes(layer, limits, rows))
 
 
 def cheapest(passes: list[Pass], clusters: int, limits: Limits) -> Pass:
