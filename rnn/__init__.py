@@ -11,6 +11,7 @@ if not (_folder / "kernels").is_dir():
 
 from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
 from .convert import convert
+from .derive import cell, source, straight_through
 from .functional import recurrence
 from .modules import GRU, LSTM, RNN, Recurrent, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
@@ -25,8 +26,11 @@ __all__ = [
     "OneToMany",
     "OneToOne",
     "Recurrent",
+    "cell",
     "convert",
     "explain",
     "recurrence",
+    "source",
+    "straight_through",
 ]
 __version__ = "0.1.0"

@@ -82,13 +82,16 @@ def problem(case: Case, seed: int = 0) -> Problem:
         # Away from the kink, where rounding would decide between a gradient and none: W_hh h is
         # kept smaller than x_gates.
         x_gates, weight_hh = x_gates + x_gates.sign(), weight_hh / 16
+    state0 = [randn(D, B, H) for _ in range(cell.states)]
+    if case.cell.startswith("slstm"):
+        state0[2] = state0[2].abs() + 1  # h is divided by it
     lengths = None
     if case.ragged:
         lengths = torch.randint(0, T + 1, (B,), generator=generator)
         lengths[0], lengths[-1] = 0, T
     return Problem(
         x_gates.bfloat16().double(),
-        tuple(randn(D, B, H) for _ in range(cell.states)),
+        tuple(state0),
         weight_hh.bfloat16().double(),
         tuple(randn(D, H) for _ in cell.params),
         lengths,
