@@ -9,12 +9,11 @@ A kernel is resident if W_hh is read from device memory before the time loop and
 registers or shared memory, and no register is spilled. Exit status: 1 if the library would run a
 kernel that is not resident.
 
-Times are the model of `lower_bound`, not measured. dtype float32 lets products be rounded to
-tf32, float32-ieee does not (three tf32 products each).
+dtype float32 lets products be rounded to tf32, float32-ieee does not (three tf32 products each).
+bench/README.md says how to read the table.
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -34,13 +33,13 @@ from unittest import mock
 import torch
 
 from rnn.cells import CELLS
-from rnn.kernels.chips import CHIPS, Chip
+from rnn.kernels.chips import CHIPS
 from rnn.kernels.hopper_plan import HopperPlan
 from rnn.kernels.layout import Inputs
 from rnn.kernels.limits import Layer, NoPlan, Plan
 from rnn.kernels.plan import PortablePlan, plan
 
-from .machine_code import WEIGHTS, CodeLoop, IrLoop, parse_code, parse_resources, parse_ttgir
+from .machine_code import WEIGHTS, CodeLoop, parse_code, parse_resources, parse_ttgir
 from .report import table
 
 DTYPES = {  # name: dtype, whether products may be rounded to tf32
@@ -51,7 +50,6 @@ DTYPES = {  # name: dtype, whether products may be rounded to tf32
 }
 LENGTHS = ("equal", "padded", "packed")
 ON_CHIP = {"registers", "shared memory", "tensor memory"}
-L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 
 Row = dict[str, Any]  # a line of the table, by column
 
@@ -179,27 +177,6 @@ def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
     return parse_code(sass), parse_resources(usage)
 
 
-def lower_bound(
-    chip: Chip, by_l2: bool, num_warps: int, ir: IrLoop, code: CodeLoop
-) -> tuple[float, str]:
-    """The time in ns that an iteration cannot come below on the chip, and why; a model, not
-    measured.
-
-    Each term takes one resource of the SM at its peak rate, as if nothing waited for anything:
-    shared memory, from which each operand of a product comes once; the matrix unit; the issue
-    slots; and the trips to L2 that exchange the state. The largest is the bound. Latencies of
-    dependent instructions are left out, so that a real step takes longer, often by a factor.
-    """
-    clocks = {
-        "SRAM": ir.shared_bytes / chip.sram_rate,
-        "tensor": ir.multiply_adds / (chip.tf32_rate if ir.bits == 32 else chip.bf16_rate),
-        "issue": code.issued * num_warps / chip.issue_rate,
-        "L2": L2_TRIPS * chip.l2_trip if by_l2 else 0.0,
-    }
-    bound, name = max((value, name) for name, value in clocks.items())
-    return bound / chip.clock, name
-
-
 def per_step(figures: Any, steps: int) -> Any:
     """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
     share is one still."""
@@ -207,7 +184,7 @@ def per_step(figures: Any, steps: int) -> Any:
         **{
             name: -(-figure // steps)
             for name, figure in figures._asdict().items()
-            if isinstance(figure, int) and name != "bits"
+            if isinstance(figure, int)
         }
     )
 
@@ -235,46 +212,39 @@ def shape_of(planned: Plan, kernel: str) -> tuple[int, int, int]:
     return planned.slices, planned.block_s, steps
 
 
-def figures(chip: Chip, planned: Plan, kernel: str, compiled: Any) -> Row:
+def figures(target: str, planned: Plan, kernel: str, compiled: Any) -> Row:
     blocks, units, steps = shape_of(planned, kernel)
     ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
     code, (registers, spilled) = read_code(compiled)
     code = per_step(code, steps)
-    loads = {name: -(-n // steps) for name, n in Counter(ir.loads).items()}
-    warps = compiled.metadata.num_warps
-    by_l2 = isinstance(planned, PortablePlan) and blocks > 1
-    bound, name = lower_bound(chip, by_l2, warps, ir, code)
     row = {
         "engine": "Hopper" if isinstance(planned, HopperPlan) else "portable",
         "blocks": blocks,
         "steps": steps,
         "tile": f"{units}x{planned.block_b}",
-        "warps": warps,
+        "warps": compiled.metadata.num_warps,
         "regs": registers,
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter(loads),
+        "loads": Counter({name: -(-n // steps) for name, n in Counter(ir.loads).items()}),
         "instr": code.instructions,
         "mma": code.matrix,
         "bar": code.barriers,
         "sent_B": ir.sent_bytes,
         "spill_instr": code.spills,
-        "bound_ns": bound,
-        "by": name,
     }
-    return row | {"verdict": judge(row, chip.sram)}
+    return row | {"verdict": judge(row, CHIPS[target].sram)}
 
 
-def rows_of(job: Job, **changes: Any) -> list[Row]:
-    """One row for each kernel, with what `changes` says instead of the plan's."""
+def rows_of(job: Job) -> list[Row]:
+    """One row for each kernel."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # nothing to do here
     torch.set_num_threads(1)
     head = {"kernel": "both", **job._asdict()}
     planned = job.plan()
     if isinstance(planned, NoPlan):
         return [head | {"verdict": f"torch: {planned.why}"}]
-    planned = dataclasses.replace(planned, **changes)
     rows = []
     for name, kernel in compile_launches(job.target, training_step, job, planned).items():
         row = head | {"kernel": name.removesuffix("_kernel")}
@@ -282,7 +252,7 @@ def rows_of(job: Job, **changes: Any) -> list[Row]:
             reason = f"{type(kernel).__name__}: {kernel}".splitlines()[0]
             row["verdict"] = f"this Triton cannot compile it: {reason}"
         else:
-            row |= figures(CHIPS[job.target], planned, row["kernel"], kernel)
+            row |= figures(job.target, planned, row["kernel"], kernel)
         rows.append(row)
     return rows
 
@@ -311,14 +281,14 @@ def rows_of_all(jobs: list[Job]) -> list[Row]:
 
 COLUMNS = (
     "cell kernel dtype H lengths engine blocks steps tile warps regs spill_B SRAM_B W_hh_in loads "
-    "instr mma bar sent_B bound_ns by verdict"
+    "instr mma bar sent_B verdict"
 ).split()
 
 
 def text(figure: Any) -> str:
     if isinstance(figure, Counter):
         return ", ".join(f"{n} {name}" if n > 1 else name for name, n in figure.items())
-    return f"{figure:.0f}" if isinstance(figure, float) else str(figure)
+    return str(figure)
 
 
 def main() -> int:
@@ -344,12 +314,9 @@ def main() -> int:
     axes = args.target, args.cell, args.hidden, args.dtype, args.lengths
     rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
-    print("Figures of one block and time step; instr, mma and bar of one warp.")
-    print("steps: of time, in one iteration of the loop.")
-    print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]
-        print(f"\n{target}: {chip.name}, {chip.sms} SMs at {chip.clock} GHz, {chip.sram} B of SRAM")
+        print(f"\n{target}: {chip.name}, {chip.sms} SMs, {chip.sram} B of SRAM")
         here = [row for row in rows if row["target"] == target]
         print()
         print(table(COLUMNS, [[text(row.get(name, "")) for name in COLUMNS] for row in here]))

@@ -5,30 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
-from .cases import CELLS, Case
-from .measure import FIGURES, MAX_ROUNDS, MEASURED, MIN_ROUNDS
+from rnn.cells import CELLS
+
+from .cases import Case
+from .measure import FIGURES, MEASURED
 from .providers import OURS, PROVIDERS
-from .store import BenchError, Results, write_whole
+from .store import BenchError, Results
 
 PAGE = "README.md"
 MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
 
-HOW = f"""\
-All providers of a case run in one process, in turns, each round beginning with another:
-{MIN_ROUNDS} to {MAX_ROUNDS} rounds. Before, each is checked against `torch.nn` in float64 on the
-same numbers: output, last states and every gradient. One that is further off than twice `torch.nn`
-in the same dtype, plus a floor, is reported as wrong and not timed.
-
-- *forward* is without a graph, *step* is forward and backward, *backward* the second part of the
-  step. Gradients are taken of the input and of all parameters.
-- µs: the median, per time step, and in brackets the quantiles of 20 % and 80 %. A case has T x
-  layers time steps; two directions share a step. Input projections count, and so do packing and
-  padding where rows have different lengths. On a GPU it is the device's time, from when the host
-  has got some ms ahead, so launches count only where they take longer than that.
-- x: the time of `torch.nn` / this time. Above 1 is faster than `torch.nn`.
-- error: the largest, relative to the largest value; the worst of output, last states and
-  gradients. For `rnn_relu` the root mean square, since at its kink rounding decides.
-"""
 SHORT = (
     "Each entry is the time of `torch.nn` / ours, above 1 is faster: the least of all cases, their "
     "geometric mean, and in how many ours is slower."
@@ -140,16 +126,15 @@ def all_figures(results: Results, cell: str) -> str:
 def write_page(results: Results, out: Path) -> None:
     parts = [
         f"# {results.header.device}",
-        f"Written by `python -m bench`: {results.header}.",
-        "## In short",
+        f"Written by `python -m bench`: {results.header}. `bench/README.md` says what the figures "
+        "mean.",
         SHORT,
         in_short(results),
-        "## How",
-        HOW + "\n".join(f"- `{name}`: {provider.about}." for name, provider in PROVIDERS.items()),
         "## What ran",
         what_ran(results),
         "## Slower than torch.nn",
         "\n".join(f"- {line}" for line in slower_than_torch(results)) or "Nothing.",
     ]
-    parts += [f"## {cell}\n\n{all_figures(results, cell)}" for cell in CELLS]
-    write_whole(out / PAGE, "\n\n".join(parts) + "\n")
+    cells = dict.fromkeys(case.cell for case in results.cases())
+    parts += [f"## {cell}\n\n{all_figures(results, cell)}" for cell in cells]
+    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 import rnn
 
 from .cases import Case
-from .measure import FIGURES, MEASURED, Row, Time
+from .measure import MEASURED, Row, Time
 
 FORMAT = "fused-rnn bench 1"
 JSON = "results.json"
@@ -42,10 +42,6 @@ class Header:
     def __str__(self) -> str:
         about = f"{self.versions}, {self.threads} threads, commit {self.commit}"
         return f"{self.device}, {about}; load {self.load} before"
-
-    def differences(self, other: "Header") -> list[str]:
-        names = ("device", "threads", "versions", "commit")
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
 def device_name(device: torch.device) -> str:
@@ -95,30 +91,27 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Raises BenchError where the file is not one of ours, or lacks something."""
+        """Raises BenchError where the file is not one of ours."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            header = Header(**data["header"])
-            if header.format != FORMAT:
-                raise ValueError(f"its format is {header.format!r}, not {FORMAT!r}")
-            results = cls(header, [Row(**row) for row in data["rows"]])
+            results = cls(Header(**data["header"]), [Row(**row) for row in data["rows"]])
             for row in results.rows.values():
-                Case.parse(row.case)
-                row.times = {name: Time(*map(float, time)) for name, time in row.times.items()}
-                whole = row.times.keys() == set(FIGURES) and isinstance(row.error, float)
-                if row.status == MEASURED and not whole:
-                    raise ValueError(f"{row.case} {row.provider} lacks times or its error")
+                row.times = {name: Time(*time) for name, time in row.times.items()}
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BenchError(f"{path} is not a file of results: {error}") from error
+        if results.header.format != FORMAT:
+            raise BenchError(f"{path} has the format {results.header.format!r}, not {FORMAT!r}")
         return results
 
     def write(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows.values())
         header = json.dumps(asdict(self.header), indent=1)
-        write_whole(out / JSON, f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
+        part = out / f"{JSON}.part"  # renamed: a run that is stopped leaves a whole file
+        part.write_text(f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
+        part.replace(out / JSON)
 
     def of(self, case: Case | str, provider: str) -> Row:
         """The row, or one without times where nothing was asked."""
@@ -131,16 +124,6 @@ class Results:
         """The time of torch.nn / the time of the provider, where both were measured."""
         ours, torch_nn = (self.of(case, name).times for name in (provider, "torch.nn"))
         return torch_nn[figure].median / ours[figure].median if ours and torch_nn else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside path, then rename: at every moment path has the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def compare(before: Results, after: Results) -> tuple[list[str], list[str]]:

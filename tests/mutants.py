@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
 
 
 LOOPS = "tests/test_kernels.py -k 'each_cell or packed or padding or several_steps'"
-FAR = "tests/test_kernels.py -k 64_bits"
+FAR = "tests/test_offsets.py"
 TF32 = "tests/test_kernels.py tests/test_kernel_numbers.py -k 'tf32 or rounding or nan'"
 LAYOUTS = "tests/test_kernels.py -k 'one_piece or layout'"
 SLICES = "tests/test_slices.py"
@@ -141,12 +141,8 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
     units""",
         ),
-    },
-    ("kernels/steps.py", FAR): {
-        "32-bit-steps": (
-            "(i + backwards * (steps - 1 - 2 * i)).to(tl.int64)",
-            "i + backwards * (steps - 1 - 2 * i)",
-        ),
+        "32-bit-steps": ("x_gates_stride_t.to(tl.int64) * UNIT,", "x_gates_stride_t * UNIT,"),
+        "32-bit-steps-backward": ("d_output_stride_t.to(tl.int64)", "d_output_stride_t"),
     },
     ("kernels/exchange.py", SLICES): {
         "no-wait": (
@@ -317,8 +313,8 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
         "nothing-runs-again": ("if run_again and layer.cell.stored:", "if False:"),
     },
-    ("rnn/recurrent.py", "tests/test_explain.py"): {
-        "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
+    ("rnn/modules.py", "tests/test_explain.py"): {
+        "explain-takes-steps-for-rows": ("hidden_size, p.batch,", "hidden_size, p.x.size(1),"),
     },
 }
 MUTANTS = [
