@@ -86,13 +86,14 @@ def benchmark(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)  # or fail now
     results = Results(store.make_header(device))
 
-    print(f"{results.header.device}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")
+    print(f"{store.device_name(device)}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")
     for i, case in enumerate(cases, 1):
         print(f"[{i}/{len(cases)}] {case}", flush=True)
         rows = measure(case, providers, device, seconds)
         results.rows |= {(row.case, row.provider): row for row in rows}
         results.write(out)
-        print(report.terminal(results, case), flush=True)
+        for line in report.lines_of(results, case):
+            print("  " + "  ".join(filter(None, line[:-1] if line[1] else line)), flush=True)
 
     report.write_page(results, out)
     if args.into is not None:
@@ -108,7 +109,7 @@ def benchmark(args: argparse.Namespace) -> int:
 
 def show_comparison(paths: Sequence[Path]) -> int:
     before, after = (Results.read(path) for path in paths)
-    print(f"{before.header}, then {after.header}")
+    print(f"{before}\n{after}")
     if not before.rows.keys() & after.rows.keys():
         raise BenchError(f"{paths[0]} and {paths[1]} have no case and provider in common")
     slower, faster = store.compare(before, after)

@@ -22,8 +22,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -177,18 +175,6 @@ def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
     return parse_code(sass), parse_resources(usage)
 
 
-def per_step(figures: Any, steps: int) -> Any:
-    """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
-    share is one still."""
-    return figures._replace(
-        **{
-            name: -(-figure // steps)
-            for name, figure in figures._asdict().items()
-            if isinstance(figure, int)
-        }
-    )
-
-
 def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
@@ -214,9 +200,12 @@ def shape_of(planned: Plan, kernel: str) -> tuple[int, int, int]:
 
 def figures(target: str, planned: Plan, kernel: str, compiled: Any) -> Row:
     blocks, units, steps = shape_of(planned, kernel)
-    ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
+    ir = parse_ttgir(compiled.asm["ttgir"])
     code, (registers, spilled) = read_code(compiled)
-    code = per_step(code, steps)
+
+    def per_step(number: int) -> int:  # rounded up: a read of W_hh that several share is one still
+        return -(-number // steps)
+
     row = {
         "engine": "Hopper" if isinstance(planned, HopperPlan) else "portable",
         "blocks": blocks,
@@ -227,12 +216,12 @@ def figures(target: str, planned: Plan, kernel: str, compiled: Any) -> Row:
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter({name: -(-n // steps) for name, n in Counter(ir.loads).items()}),
-        "instr": code.instructions,
-        "mma": code.matrix,
-        "bar": code.barriers,
-        "sent_B": ir.sent_bytes,
-        "spill_instr": code.spills,
+        "loads": Counter({name: per_step(n) for name, n in Counter(ir.loads).items()}),
+        "instr": per_step(code.instructions),
+        "mma": per_step(code.matrix),
+        "bar": per_step(code.barriers),
+        "sent_B": per_step(ir.sent_bytes),
+        "spill_instr": per_step(code.spills),
     }
     return row | {"verdict": judge(row, CHIPS[target].sram)}
 
@@ -259,22 +248,13 @@ def rows_of(job: Job) -> list[Row]:
 
 def rows_of_all(jobs: list[Job]) -> list[Row]:
     """rows_of each job, side by side. Shows on stderr how far it has come."""
-    rows: dict[Job, list[Row]] = {}
-
-    def run(some: list[Job], workers: int | None) -> None:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for job, future in [(job, pool.submit(rows_of, job)) for job in some]:
-                with suppress(BrokenProcessPool):
-                    rows[job] = future.result()
-                    print(f"\r{len(rows)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-
-    run(jobs, os.cpu_count())
-    for job in [job for job in jobs if job not in rows]:
-        # Where the compiler aborts it takes the whole pool with it; alone, each shows its own.
-        run([job], 1)
-        rows.setdefault(job, [{**job._asdict(), "verdict": "compiler aborted"}])
+    rows: list[Row] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for i, some in enumerate(pool.map(rows_of, jobs), 1):
+            rows += some
+            print(f"\r{i} of {len(jobs)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return [row for job in jobs for row in rows[job]]
+    return rows
 
 
 # ------------------------------------------------------------------------------------ output

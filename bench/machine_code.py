@@ -95,7 +95,7 @@ def graph(lines: list[str], full_lines: list[str]) -> list[Node]:
     for number, (line, full_line) in enumerate(zip(lines, full_lines)):
         if line.startswith("tt.func"):
             for name in re.findall(r"(%[\w.]+): !tt\.ptr", full_line):
-                argument = re.sub(r"_ptrs?(\.\d+)?$", "", name[1:])
+                argument = re.sub(r"_ptrs?([._]\d+)?$", "", name[1:])
                 known[name] = Node(f"argument {argument}", number)
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
         text = ASSEMBLER.sub("", operation).partition(" : ")[0]

@@ -146,7 +146,7 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     for provider in sorted({"torch.nn", *rows}, key=lambda name: name != "torch.nn"):
         row = rows.get(provider, Row(str(case), provider))
         with reported(row):
-            model = PROVIDERS[provider].build(case, p.weights)
+            model = PROVIDERS[provider](case, p.weights)
             row.ran = model.ran
             got = results_and_gradients(model, p)
             errors = [error_of(*pair, norm) for pair in zip(got, exact, strict=True)]

@@ -37,11 +37,6 @@ class CannotError(Exception):
     """A provider cannot run a case; the message says why."""
 
 
-class Provider(NamedTuple):
-    about: str
-    build: Callable[[Case, Weights], Model]  # raises CannotError
-
-
 def construct(case: Case, weights: Weights | None = None, **options: Any) -> Any:
     """This library's module; of those weights, where they lie and in their dtype."""
     if weights:
@@ -110,14 +105,11 @@ def build_compiled(case: Case, weights: Weights) -> Model:
     return build_loop(case, weights, torch.compile(plain))
 
 
-INSTALLED = importlib.util.find_spec("flashrnn") is not None
 FLASHRNN = {"rnn_tanh": "elman", "lstm": "lstm"}  # its GRU has gates and biases of its own
 
 
 def build_flashrnn(case: Case, weights: Weights) -> Model:
     """NX-AI/flashrnn 1.0 with one head: W_ih x (B, T, gates, heads, H), W_hh and one bias."""
-    if not INSTALLED:
-        raise CannotError("flashrnn is not installed")
     if case.cell not in FLASHRNN or case.dtype == "float64":
         raise CannotError(f"flashrnn has no {case.cell} in {case.dtype}")
     if case.layers > 1 or case.bidirectional or case.packed:
@@ -141,13 +133,13 @@ def build_flashrnn(case: Case, weights: Weights) -> Model:
     return Model(forward, leaves)
 
 
-PROVIDERS = {
-    "auto": Provider('this library as it comes, backend="auto"', build_ours("auto")),
-    "torch-path": Provider('this library\'s PyTorch path, backend="torch"', build_ours("torch")),
-    "torch.nn": Provider("cuDNN on a GPU, PyTorch's C++ on a CPU", build_torch_nn),
-    "flashrnn": Provider("NX-AI/flashrnn; on a CPU its loop in PyTorch", build_flashrnn),
-    "loop": Provider("a loop in Python over the equation", build_loop),
-    "compiled": Provider("that loop under torch.compile, of 64 steps at most", build_compiled),
+PROVIDERS: dict[str, Callable[[Case, Weights], Model]] = {  # they raise CannotError
+    "auto": build_ours("auto"),  # this library as it comes
+    "torch-path": build_ours("torch"),
+    "torch.nn": build_torch_nn,  # cuDNN on a GPU, PyTorch's C++ on a CPU
+    "flashrnn": build_flashrnn,  # on a CPU its loop in PyTorch
+    "loop": build_loop,
+    "compiled": build_compiled,
 }
 OURS = ("auto", "torch-path")
-DEFAULT = ["auto", "torch.nn"] + ["flashrnn"] * INSTALLED
+DEFAULT = ["auto", "torch.nn"] + ["flashrnn"] * (importlib.util.find_spec("flashrnn") is not None)

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,22 +28,6 @@ class BenchError(Exception):
     """What was asked for cannot be done; the message says why, in one line."""
 
 
-@dataclass
-class Header:
-    """What all rows of a file were measured on."""
-
-    format: str
-    device: str
-    threads: str
-    versions: str
-    commit: str
-    load: str  # of the machine when the run began
-
-    def __str__(self) -> str:
-        about = f"{self.versions}, {self.threads} threads, commit {self.commit}"
-        return f"{self.device}, {about}; load {self.load} before"
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -59,56 +43,62 @@ def slug(name: str) -> str:
 
 
 def commit() -> str:
-    """Of this checkout; marked where what is measured, or what measures, was changed since."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
+    """Of this checkout; marked as dirty where a file was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        changed = git("status", "--porcelain", "-uno", "rnn", "kernels", "bench/*.py")
-        return git("rev-parse", "--short=12", "HEAD").strip() + " and changes" * bool(changed)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "not known"
+    return done.stdout.strip()
 
 
-def make_header(device: torch.device) -> Header:
+def make_header(device: torch.device) -> dict[str, str]:
+    """What all rows of a file are measured on."""
     versions = [f"fused-rnn {rnn.__version__}", f"torch {torch.__version__}"]
     if importlib.util.find_spec("triton"):
         versions.append(f"triton {importlib.metadata.version('triton')}")
     if device.type == "cuda":
         versions.append(f"cudnn {torch.backends.cudnn.version()}")
     versions.append(f"python {platform.python_version()}")
-    load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known"
-    threads = str(torch.get_num_threads())
-    return Header(FORMAT, device_name(device), threads, ", ".join(versions), commit(), load)
+    return {
+        "format": FORMAT,
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(versions),
+        "commit": commit(),
+        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known",
+    }
 
 
 class Results:
-    def __init__(self, header: Header, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, header: dict[str, str], rows: Iterable[Row] = ()) -> None:
         self.header = header
         self.rows = {(row.case, row.provider): row for row in rows}
+
+    def __str__(self) -> str:
+        about = "{device}, {versions}, {threads} threads, commit {commit}; load {load} before"
+        return about.format(**self.header)
 
     @classmethod
     def read(cls, path: Path) -> "Results":
         """Raises BenchError where the file is not one of ours."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            results = cls(Header(**data["header"]), [Row(**row) for row in data["rows"]])
+            results = cls(data["header"], [Row(**row) for row in data["rows"]])
             for row in results.rows.values():
                 row.times = {name: Time(*time) for name, time in row.times.items()}
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise BenchError(f"{path} is not a file of results: {error}") from error
-        if results.header.format != FORMAT:
-            raise BenchError(f"{path} has the format {results.header.format!r}, not {FORMAT!r}")
+        if results.header["format"] != FORMAT:
+            raise BenchError(f"{path} is not of the format {FORMAT!r}")
         return results
 
     def write(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows.values())
-        header = json.dumps(asdict(self.header), indent=1)
+        header = json.dumps(self.header, indent=1)
         part = out / f"{JSON}.part"  # renamed: a run that is stopped leaves a whole file
         part.write_text(f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
         part.replace(out / JSON)
