@@ -13,8 +13,8 @@ turns: forward, backward and training step, each by the median and the quantiles
   python -m bench --accept                 on a GPU: its tests, then this library against cuDNN
 
 It leaves results.json and README.md in --out; bench/README.md says what the figures mean. Exit
-status: 0; 1 if this library was wrong or crashed, or if --compare found something slower; 2 if it
-could not be done.
+status: 0; 1 if this library was wrong or crashed, or --compare found something slower; 2 if what
+was asked cannot be done.
 """
 
 import argparse
@@ -117,14 +117,10 @@ def show_comparison(paths: Sequence[Path]) -> int:
     return 1 if slower else 0
 
 
-def accept(args: argparse.Namespace) -> int:
+def run_gpu_tests() -> int:
     if not torch.cuda.is_available():
         raise BenchError("--accept needs a GPU, and PyTorch finds none here")
-    if subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=store.ROOT).returncode:
-        print("the GPU's tests failed: nothing was timed", file=sys.stderr)
-        return 1
-    args.providers = args.providers or ["auto", "torch.nn"]
-    return benchmark(args)
+    return subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=store.ROOT).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.compare:
             return show_comparison(args.compare)
-        return accept(args) if args.accept else benchmark(args)
+        if args.accept and run_gpu_tests():
+            print("the GPU's tests failed: nothing was timed", file=sys.stderr)
+            return 1
+        return benchmark(args)
     except KeyboardInterrupt:
         return 130
     except BenchError as error:

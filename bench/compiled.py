@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -73,26 +74,17 @@ class Job(NamedTuple):
 # ------------------------------------------------------------------------------- compilation
 
 
-class AbsentDevice:
+def absent_device(target: str) -> Any:
     """As much of a Triton driver as compiling asks for."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.name = target
-        if target.startswith("sm_"):
-            self.target = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-        else:
-            self.target = GPUTarget("hip", target, 64)
-
-    def get_current_device(self) -> str:
-        return self.name  # the key of each kernel's cache: targets must not share one
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    return SimpleNamespace(
+        get_current_device=lambda: target,  # the key of a kernel's cache: targets share none
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: gpu,
+    )
 
 
 def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
             result = error
         compiled[kernel.fn.__name__] = result
 
-    driver.set_active(AbsentDevice(target))
+    driver.set_active(absent_device(target))
     with mock.patch.object(JITFunction, "run", compile_only):
         call(*args)
     return compiled
@@ -136,18 +128,9 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     )
     output, state_n, stored = launch.forward(planned, cell, inputs, save=True)
     d_state_n = tuple(torch.zeros_like(state) for state in state_n)
-    launch.backward(
-        planned,
-        cell,
-        inputs,
-        output,
-        stored,
-        torch.zeros_like(output),
-        d_state_n,
-        need_d_x_gates=True,
-        need_d_state0=True,
-        need_d_params=True,
-    )
+    given = output, stored, torch.zeros_like(output), d_state_n
+    needed = True, True, True
+    launch.backward(planned, cell, inputs, *given, *needed)
 
 
 # ----------------------------------------------------------------------------------- figures
@@ -296,9 +279,8 @@ def main() -> int:
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
     for target in args.target:
         chip = CHIPS[target]
-        print(f"\n{target}: {chip.name}, {chip.sms} SMs, {chip.sram} B of SRAM")
+        print(f"\n{target}: {chip.name}, {chip.sms} SMs, {chip.sram} B of SRAM\n")
         here = [row for row in rows if row["target"] == target]
-        print()
         print(table(COLUMNS, [[text(row.get(name, "")) for name in COLUMNS] for row in here]))
     ours = [row for row in rows if not row["verdict"].startswith("torch: ")]
     resident = sum(row["verdict"] == "resident" for row in ours)

@@ -37,6 +37,7 @@ class Node:
     operation: str
     line: int
     sources: list["Node"] = field(default_factory=list)  # what it is made of
+    arguments: set[str] = field(default_factory=set)  # of the kernel, that it points into
 
 
 class IrLoop(NamedTuple):
@@ -49,18 +50,22 @@ class IrLoop(NamedTuple):
 
 def parse_ttgir(text: str) -> IrLoop:
     """Find the time loop and what is in it. Raises ValueError where there is none."""
-    lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
-    start, end = time_loop(lines)
+    nodes, loops = graph(text)
+    dots = [node.line for node in nodes if DOT.match(node.operation)]
+    loops = [(start, end) for start, end in loops if any(start < dot < end for dot in dots)]
+    if not loops:
+        raise ValueError("no loop with a matrix product in the ttgir")
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
     found = re.search(r'"ttg.num-ctas" = (\d+)', text)
     ctas = int(found[1]) if found else 1  # of a cluster: a shape is that of all
     loads: list[str] = []
     places: set[str] = set()
     sent_bytes = 0
-    for node in graph(lines, text.splitlines()):
+    for node in nodes:
         if not start < node.line < end:
             continue
         if LOAD.match(node.operation):
-            loads.append(pointers_of(node))
+            loads.append("/".join(sorted(node.sources[0].arguments)))
         elif DOT.match(node.operation):
             for operand in node.sources[:2]:
                 places.update(places_of_weights(operand, start, end))
@@ -70,85 +75,70 @@ def parse_ttgir(text: str) -> IrLoop:
     return IrLoop(loads, " and ".join(sorted(places)) or "not found", sent_bytes)
 
 
-def time_loop(lines: list[str]) -> tuple[int, int]:
-    """First and last line of the longest outermost loop that holds a product."""
-    loops, depth, start, floor = [], 0, None, 0
-    for number, line in enumerate(lines):
-        if start is None and re.search(r"\bscf\.(for|while)\b", line):
-            start, floor = number, depth
-        depth += line.count("{") - line.count("}")
-        if start is not None and depth == floor and number > start:
-            if any(DOT.search(inner) for inner in lines[start:number]):
-                loops.append((start, number))
-            start = None
-    if not loops:
-        raise ValueError("no loop with a matrix product in the ttgir")
-    return max(loops, key=lambda loop: loop[1] - loop[0])
+class Region(NamedTuple):
+    line: int  # where it begins
+    is_loop: bool
+    targets: list[list[Node]]  # what a yield gives a value to
 
 
-def graph(lines: list[str], full_lines: list[str]) -> list[Node]:
-    """All operations in their order, each with what it is made of. A buffer is made of all that is
-    stored into it, and what a loop or a branch hands out of all that it may be."""
+def graph(text: str) -> tuple[list[Node], list[tuple[int, int]]]:
+    """All operations in their order, each with what it is made of, and the lines of the outermost
+    loops. A buffer is made of all that is stored into it, and what a loop or a branch hands out of
+    all that it may be."""
     known: dict[str, Node] = {}
     operations: list[Node] = []
-    regions: list[list[list[Node]]] = []  # that are open: the values that a yield gives to each
-    for number, (line, full_line) in enumerate(zip(lines, full_lines)):
+    loops: list[tuple[int, int]] = []
+    regions: list[Region] = []  # that are open
+    for number, full_line in enumerate(text.splitlines()):
+        line = full_line.split(" loc(")[0].strip()
         if line.startswith("tt.func"):
             for name in re.findall(r"(%[\w.]+): !tt\.ptr", full_line):
                 argument = re.sub(r"_ptrs?([._]\d+)?$", "", name[1:])
-                known[name] = Node(f"argument {argument}", number)
+                known[name] = Node("argument", number, arguments={argument})
         results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        text = ASSEMBLER.sub("", operation).partition(" : ")[0]
+        called = ASSEMBLER.sub("", operation).partition(" : ")[0]
         carried = []
         if operation.startswith("scf."):
-            carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", text.partition("(")[2])
-        names = [initial for _, initial in carried] or ["".join(v) for v in VALUE.findall(text)]
+            carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", called.partition("(")[2])
+        names = [initial for _, initial in carried] or ["".join(v) for v in VALUE.findall(called)]
         node = Node(operation, number, [known.get(n) or Node("?", number) for n in names])
         operations.append(node)
+        if not LOAD.match(operation):
+            node.arguments.update(*(source.arguments for source in node.sources))
         given = [
             f"{name}#{i}" if count else name
             for name, count in re.findall(r"(%[\w.$-]+)(?::(\d+))?", results)
             for i in range(int(count or 1))
         ]
         if operation.startswith("scf.yield"):
-            for source, targets in zip(node.sources, zip(*regions[-1])):
+            for source, targets in zip(node.sources, zip(*regions[-1].targets)):
                 for target in targets:
                     target.sources.append(source)
+                    target.arguments |= source.arguments
         known |= dict.fromkeys(given, node)
         if operation.startswith("}"):
             ended = regions.pop()
+            if ended.is_loop and not any(region.is_loop for region in regions):
+                loops.append((ended.line, number))
         if full_line.endswith("{"):
-            opened = [[Node("carried", number, [s]) for s in node.sources] for _ in "ab"]
+            opened = [
+                [Node("carried", number, [s], set(s.arguments)) for s in node.sources] for _ in "ab"
+            ]
             if not carried:  # a branch, which hands out what it yields
                 opened = [[Node("branch", number) for _ in given]]
             if operation.startswith("}"):  # else
-                opened = ended
+                opened = ended.targets
             elif operation.startswith("scf."):
                 known |= dict(zip(given, opened[0]))
                 known |= dict(zip((name for name, _ in carried), opened[-1]))
-            regions.append(opened)
+            is_loop = operation.startswith(("scf.for", "scf.while", "} do"))
+            regions.append(Region(number, is_loop, opened))
         if STORE.match(operation):
             buffer = node.sources[1]
             while not buffer.operation.startswith(tuple(BUFFERS)):  # it is seen through views
                 buffer = buffer.sources[0]
             buffer.sources.append(node)
-    return operations
-
-
-def pointers_of(load: Node) -> str:
-    """The kernel's argument, or arguments, that a load reads."""
-    seen: set[Node] = set()
-    todo, arguments = load.sources[:1], set()
-    while todo:
-        node = todo.pop()
-        if node in seen or LOAD.match(node.operation):
-            continue
-        seen.add(node)
-        todo += node.sources
-        kind, _, name = node.operation.partition(" ")
-        if kind == "argument":
-            arguments.add(name)
-    return "/".join(sorted(arguments))
+    return operations, loops
 
 
 def places_of_weights(operand: Node, start: int, end: int) -> Iterator[str]:
@@ -163,7 +153,7 @@ def places_of_weights(operand: Node, start: int, end: int) -> Iterator[str]:
         inside = start < node.line < end
         name = node.operation.partition(" ")[0]
         if LOAD.match(node.operation):
-            if WEIGHTS in pointers_of(node):
+            if WEIGHTS in node.sources[0].arguments:
                 yield "device memory" if inside else place or "registers"
             continue
         if name in BUFFERS:

@@ -2,9 +2,6 @@
 
 All get the padded input (T, B, I), start from zero states and return the padded output and the
 last states, so that packing, padding and input projections count for all of them.
-
-Haste (lmnt-com/haste) is not here: it does not compile with today's PyTorch (2.13), which no
-longer has the C++ functions that it calls.
 """
 
 import importlib.util

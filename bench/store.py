@@ -18,7 +18,6 @@ import rnn
 from .cases import Case
 from .measure import MEASURED, Row, Time
 
-FORMAT = "fused-rnn bench 1"
 JSON = "results.json"
 ROOT = Path(__file__).parent.parent
 NOISE = 1.1  # medians that differ by a smaller factor are called equal
@@ -61,7 +60,6 @@ def make_header(device: torch.device) -> dict[str, str]:
         versions.append(f"cudnn {torch.backends.cudnn.version()}")
     versions.append(f"python {platform.python_version()}")
     return {
-        "format": FORMAT,
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
         "versions": ", ".join(versions),
@@ -91,8 +89,6 @@ class Results:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise BenchError(f"{path} is not a file of results: {error}") from error
-        if results.header["format"] != FORMAT:
-            raise BenchError(f"{path} is not of the format {FORMAT!r}")
         return results
 
     def write(self, out: Path) -> None:

@@ -12,7 +12,7 @@ from bench import report
 from bench.cases import DTYPES, Case, sets
 from bench.measure import CANNOT, CRASHED, FIGURES, MEASURED, WRONG, Row, Time, measure
 from bench.providers import DEFAULT, PROVIDERS, Model
-from bench.store import FORMAT, ROOT, Results
+from bench.store import ROOT, Results
 from rnn.cells import CELLS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,7 +146,7 @@ def results_of(median, spread=0.01, status=MEASURED):
     times = dict.fromkeys(FIGURES, Time(median, median * (1 - spread), median * (1 + spread)))
     row = Row(A, "auto", status, "for a reason", "", 0.0, times if status == MEASURED else {})
     header = dict.fromkeys(("device", "threads", "versions", "commit", "load"), "of the test")
-    return Results({"format": FORMAT} | header, [row])
+    return Results(header, [row])
 
 
 @pytest.mark.parametrize(
