@@ -19,6 +19,7 @@ was asked cannot be done.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,27 +36,6 @@ from .providers import DEFAULT, OURS, PROVIDERS
 from .store import BenchError, Results
 
 SECONDS, QUICK_SECONDS = 2.0, 0.5
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, known = parser.add_argument, list(PROVIDERS)
-    named = f"sets ({', '.join(sets(False))}) or cases, as {EXAMPLE}"
-    where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
-    add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
-    add("--cases", nargs="+", metavar="NAME", help=named)
-    who = f"of {', '.join(known)} (default {', '.join(DEFAULT)})"
-    add("--providers", nargs="+", choices=known, metavar="NAME", help=who)
-    add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")
-    add("--out", type=Path, metavar="DIR", help=where)
-    add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
-    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what got slower")
-    add("--accept", action="store_true", help="run the GPU's tests, then compare with cuDNN")
-    return parser
 
 
 def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
@@ -80,7 +60,8 @@ def benchmark(args: argparse.Namespace) -> int:
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     part = args.quick or args.cases or args.providers or args.seconds
     folder = Path("runs/bench") if part else store.ROOT / "bench/results"
-    out = args.out or folder / store.slug(store.device_name(device))
+    name = re.sub(r"[^a-z0-9]+", "-", store.device_name(device).lower()).strip("-")
+    out = args.out or folder / name
     if args.into is not None:
         report.put_between(args.into.read_text(encoding="utf-8"), "")  # better now than after
     out.mkdir(parents=True, exist_ok=True)  # or fail now
@@ -124,7 +105,23 @@ def run_gpu_tests() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = Parser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, known = parser.add_argument, list(PROVIDERS)
+    named = f"sets ({', '.join(sets(False))}) or cases, as {EXAMPLE}"
+    where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
+    add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
+    add("--cases", nargs="+", metavar="NAME", help=named)
+    who = f"of {', '.join(known)} (default {', '.join(DEFAULT)})"
+    add("--providers", nargs="+", choices=known, metavar="NAME", help=who)
+    add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")
+    add("--out", type=Path, metavar="DIR", help=where)
+    add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what got slower")
+    add("--accept", action="store_true", help="run the GPU's tests, then compare with cuDNN")
     args = parser.parse_args(argv)
     try:
         if args.compare:

@@ -1,16 +1,11 @@
 """The compiled kernels, examined without a GPU: python -m bench.compiled
 
 For each cell, dtype and hidden size this takes the plan that the library itself takes on a chip,
-compiles exactly what both passes of a layer would launch there, and reads the machine code. The
-kernels are compiled by the library's own launchers with the launch left out, so that nothing
-about their arguments or options is repeated here.
+has the library's own launchers compile what both passes would launch there, and reads the machine
+code. bench/README.md says how to read the table.
 
 A kernel is resident if W_hh is read from device memory before the time loop and nowhere else, into
-registers or shared memory, and no register is spilled. Exit status: 1 if the library would run a
-kernel that is not resident.
-
-dtype float32 lets products be rounded to tf32, float32-ieee does not (three tf32 products each).
-bench/README.md says how to read the table.
+registers or shared memory, and no register is spilled. Exit status: 1 if one is not.
 """
 
 import argparse
@@ -38,15 +33,10 @@ from rnn.kernels.layout import Inputs
 from rnn.kernels.limits import Layer, NoPlan, Plan
 from rnn.kernels.plan import PortablePlan, plan
 
+from .cases import DTYPES
 from .machine_code import WEIGHTS, CodeLoop, parse_code, parse_resources, parse_ttgir
 from .report import table
 
-DTYPES = {  # name: dtype, whether products may be rounded to tf32
-    "bfloat16": (torch.bfloat16, True),
-    "float16": (torch.float16, True),
-    "float32": (torch.float32, True),
-    "float32-ieee": (torch.float32, False),
-}
 LENGTHS = ("equal", "padded", "packed")
 ON_CHIP = {"registers", "shared memory", "tensor memory"}
 
@@ -66,7 +56,7 @@ class Job(NamedTuple):
     def plan(self) -> Plan | NoPlan:
         cell = CELLS[self.cell]
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        dtype, tf32 = DTYPES[self.dtype]
+        dtype, tf32, _ = DTYPES[self.dtype]
         layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
         return plan(layer, CHIPS[self.target].limits())
 
@@ -88,10 +78,8 @@ def absent_device(target: str) -> Any:
 
 
 def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
-    """Call `call`, compiling each kernel that it would launch on the target instead of launching.
-
-    Returns the compiled kernel, or the exception that the compiler raised, by kernel name.
-    """
+    """Compile each kernel that `call` would launch on the target, and launch none. Returns the
+    compiled kernel, or the exception that the compiler raised, by kernel name."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -116,7 +104,7 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     from rnn.kernels import launch
 
     cell, B, H = CELLS[job.cell], job.batch, job.H
-    dtype, _ = DTYPES[job.dtype]
+    dtype = DTYPES[job.dtype].torch
     steps = (T * B,) if job.lengths == "packed" else (T, B)
     inputs = Inputs(
         torch.zeros(*steps, cell.gates * H, dtype=dtype),
@@ -266,7 +254,7 @@ def main() -> int:
 
     choose("--target", list(CHIPS), ["sm_80", "sm_90", "sm_100", "gfx942"])
     choose("--cell", list(CELLS), list(CELLS))
-    choose("--dtype", list(DTYPES), ["bfloat16", "float32", "float32-ieee"])
+    choose("--dtype", ["bfloat16", "float16", "tf32", "float32"], ["bfloat16", "tf32", "float32"])
     choose("--lengths", LENGTHS, ["equal"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256], metavar="H")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="rows (default 16)")

@@ -107,10 +107,9 @@ FLASHRNN = {"rnn_tanh": "elman", "lstm": "lstm"}  # its GRU has gates and biases
 
 def build_flashrnn(case: Case, weights: Weights) -> Model:
     """NX-AI/flashrnn 1.0 with one head: W_ih x (B, T, gates, heads, H), W_hh and one bias."""
-    if case.cell not in FLASHRNN or case.dtype == "float64":
-        raise CannotError(f"flashrnn has no {case.cell} in {case.dtype}")
-    if case.layers > 1 or case.bidirectional or case.packed:
-        raise CannotError("flashrnn is one layer, in one direction, of rows of equal length")
+    deep = case.layers > 1 or case.bidirectional or case.packed
+    if case.cell not in FLASHRNN or case.dtype == "float64" or deep:
+        raise CannotError("flashrnn is one layer, in one direction, of equally long rows")
     from flashrnn import flashrnn
 
     leaves = [w.detach().requires_grad_() for w in weights.values()]

@@ -37,10 +37,6 @@ def device_name(device: torch.device) -> str:
     return f"{re.sub('[(](R|TM)[)]', '', name)}, {os.cpu_count()} cores"
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def commit() -> str:
     """Of this checkout; marked as dirty where a file was changed since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -14,14 +14,12 @@ it is the median of the last five. No sequence comes twice. Unlike in the papers
 Adam, the gradient's norm clipped at 1, with one rate a task (Le et al.: SGD, rate and clipping
 searched for each network and length); thousands of steps, not up to millions; two seeds.
 
-In the folder --out each finished run is a line of tasks.jsonl, and tasks.md is made of them all;
-started again, the command does what lacks.
+Each finished run is a line of tasks.jsonl in --out; started again, the command does what lacks.
 """
 
 import argparse
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable
 from itertools import product
@@ -187,9 +185,10 @@ def report(samples: dict[Job, dict[str, Any]]) -> str:
     for job, sample in sorted(samples.items(), key=lambda item: item[0]):
         runs = rows.setdefault((job.task, job.T, job.network), [])
         runs.append(f"seed {job.seed}: {verdict(sample)}")
-    origins = sorted({", ".join(sample["environment"].values()) for sample in samples.values()})
-    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.", ""]
-    lines += [*(f"- {origin}" for origin in origins), ""]
+    origins = sorted(
+        {"- " + ", ".join(sample["environment"].values()) for sample in samples.values()}
+    )
+    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.\n", *origins, ""]
     cells = [
         [task, str(T), network, f"{TASKS[task].baseline(T):.4f}", "; ".join(runs)]
         for (task, T, network), runs in rows.items()
@@ -208,11 +207,8 @@ def main() -> None:
     path.touch()
     done = [json.loads(line) for line in path.read_text().splitlines()]
     samples = {Job(**sample["job"]): sample for sample in done}
-    here = {
-        "commit": store.commit(),
-        "machine": f"{store.device_name(torch.device('cpu'))}, one thread, float32",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-    }
+    here = store.make_header(torch.device("cpu"))
+    del here["load"]
     for job in JOBS:
         if job not in samples:
             samples[job] = {"job": job._asdict(), **train(job), "environment": here}
