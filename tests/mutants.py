@@ -88,8 +88,8 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "d_before = with_first(d_h, d_state)",
         ),
         "gradient-past-w_hh-dropped": (
-            "tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]",
-            "tl.zeros((BLOCK_S, BLOCK_B), tl.float32)",
+            "zero + d_prev[0]",
+            "zero",
         ),
         "inactive-gradient-not-handed-on": (
             "d_state = where_active(active, d_before, d_state)",
@@ -160,9 +160,9 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         ),
         "alive-forgotten-backward": (
             """SLICES) & alive
-            d_h = tl""",
+            d_h = zero""",
             """SLICES)
-            d_h = tl""",
+            d_h = zero""",
         ),
         "patience-paid-again-forward": (
             """tl.where(alive, patience, 0), SLICES) & alive
@@ -172,9 +172,9 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         ),
         "patience-paid-again-backward": (
             """tl.where(alive, patience, 0), SLICES) & alive
-            d_h = tl""",
+            d_h = zero""",
             """patience, SLICES) & alive
-            d_h = tl""",
+            d_h = zero""",
         ),
         "one-slot": (
             """                slot_ptr = exchange_ptr + (i % 2) * exchange_size
