@@ -1,6 +1,5 @@
 """Which backend runs a layer, and why."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from .kernels.plan import plan
 
 try:
     from .kernels import launch as kernels
+    from .kernels.cells import has_tiles
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -57,15 +57,15 @@ def choose(
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")
+    elif not has_tiles(cell):
+        chosen = NoPlan(f"the cell {cell.name} has no tiles in kernels/cells.py")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
-        why = kernels.unavailable.get(chosen)
-        if why is not None and chosen.otherwise is not None:
-            chosen = replace(chosen.otherwise, why=why)
-        chosen = _unavailable.get(chosen, chosen)
+        available = kernels.available(chosen)
+        chosen = _unavailable.get(chosen) or _unavailable.get(available) or available
     if backend == "triton" and isinstance(chosen, NoPlan):
         raise RuntimeError(f'backend="triton" cannot run here: {chosen.why}')
     return chosen

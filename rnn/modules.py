@@ -123,8 +123,9 @@ class Recurrent(RecurrentBase[Any]):
     initial values that the cell gives. The state is a Tensor (L*D, B, H) where S is 1, else a tuple
     of S of them, h first.
 
-    What needs an operator of torch.nn is not to be had for other cells than torch.nn's: proj_size,
-    torch.jit.script, rnn.convert. torch.jit.trace and the ONNX export through it unroll the steps.
+    What an operator of torch.nn does, other cells than torch.nn's lack: torch.jit.script and
+    rnn.convert refuse them, and torch.jit.trace unrolls the steps, so that what was traced holds
+    for that number of steps alone. A module that is unpickled needs its cell in CELLS before.
 
     Raises:
         TypeError: cell is no Cell. ValueError: it is not the one that CELLS has under its name.

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from twins import IEEE, assert_same, everything, objective, tensors
 
 import rnn
-from rnn.cells import CELLS
+from rnn.cells import CELLS, Cell
 from rnn.in_place import IN_PLACE
 
 pytestmark = IEEE
@@ -192,6 +192,26 @@ def test_cells_without_a_form_in_place(name, case, monkeypatch, nan_filled):
     """The built-in cells by their step and VJP alone."""
     monkeypatch.delitem(IN_PLACE, name)
     check(case._replace(cell=name), torch.float64, "torch", "cpu")
+
+
+def test_states_that_only_change_places(monkeypatch):
+    """Their gradients are each other's: none is written over before it is read."""
+
+    def step(x_gates, h_gates, state, params):
+        h = torch.tanh(x_gates[0] + h_gates[0] + state[1])
+        return (h, state[2], state[1]), ()
+
+    def step_vjp(d_state, state_prev, state, saved, params):
+        d = d_state[0] * (1 - state[0] * state[0])
+        return (d,), (d,), (None, d_state[2] + d, d_state[1]), ()
+
+    cell = Cell("exchange", 1, 3, 0, step, step_vjp)
+    monkeypatch.setitem(CELLS, "exchange", cell)
+    of = module(cell, bidirectional=True, **DOUBLE)
+    assert_like_the_loop(of, "lengths")
+    of.backend = "triton"
+    with pytest.raises(RuntimeError, match="the cell exchange has no tiles"):
+        of(given(of)[0])
 
 
 @each_own
@@ -549,7 +569,7 @@ def test_wrong_arguments(error):
             lambda: rnn.Recurrent(LEAKY, I, H, backend="cuda"),
             lambda: rnn.Recurrent(LEAKY, I, H, checkpoint_every=0),
             lambda: rnn.Recurrent(copy.copy(LEAKY), I, H),  # in the table under this name: LEAKY
-            lambda: rnn.Recurrent(rnn.cells.Cell("none", 1, 1, 0, None, None), I, H),
+            lambda: rnn.Recurrent(Cell("none", 1, 1, 0, None, None), I, H),
         ],
     }[error]
     for call in wrong:
