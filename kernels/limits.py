@@ -84,7 +84,11 @@ class Plan:
     otherwise: "Plan | None" = field(default=None, compare=False)
 
     def cost(self) -> int:
-        """Clocks of a step of all batch tiles, one launch or wave of blocks after the other."""
+        """Clocks of a step of all batch tiles."""
+        return self.cost_of(self.tiles)
+
+    def cost_of(self, tiles: int) -> int:
+        """Clocks of a step of so many batch tiles, one launch or wave of blocks after the other."""
         raise NotImplementedError
 
 

@@ -33,12 +33,14 @@ from .steps import (
     at_step,
     existing,
     from_second,
+    load_or_zero,
     load_params,
     load_states,
     load_tiles,
     place_of,
     steps_of,
     store_tiles,
+    store_wanted,
     to_float32,
     where_active,
     with_first,
@@ -206,8 +208,7 @@ def forward_kernel(
                 place_ahead = place_after
     if SLICES > 1:
         state = report(alive, state, fault_ptr, launch)
-    for s in tl.static_range(len(state)):
-        tl.store(state_n_ptrs[s] + state_rows + units, state[s].to(dtype), mask=mask)
+    store_wanted(state_n_ptrs, state_rows + units, state, mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME + RUNTIME_BACKWARD)
@@ -297,16 +298,11 @@ def backward_kernel(
         GATES // GROUPS * H, CHUNK, CHUNKS, PIECES,
     )  # fmt: skip
     params = load_params(param_ptrs, direction * H + units, units < H)
-    d_state = ()
-    for s in tl.static_range(STATES):
-        d_state_s = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
-        if d_state_n_ptrs[s] is not None:
-            d_state_ptrs = d_state_n_ptrs[s] + state_rows + units
-            d_state_s = tl.load(d_state_ptrs, mask=mask, other=0.0).to(tl.float32)
-        d_state += (d_state_s,)
+    zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
+    d_state = load_or_zero(d_state_n_ptrs, state_rows + units, mask, zero)
     d_params = ()
     for _p in tl.static_range(len(param_ptrs)):
-        d_params += (tl.zeros((BLOCK_S, BLOCK_B), tl.float32),)
+        d_params += (zero,)
     alive = tl.full((), True, tl.int1)
     if SLICES > 1:
         exchange_size = D.to(tl.int64) * B * GATES * H
@@ -369,7 +365,7 @@ def backward_kernel(
                 slot_ptr = exchange_ptr + (i % 2) * exchange_size
                 store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H, False)
                 alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
-            d_h = tl.zeros((BLOCK_S, BLOCK_B), tl.float32) + d_prev[0]
+            d_h = zero + d_prev[0]
             if SLICES == 1:
                 for gate in tl.static_range(GATES):
                     d_gate = (existing(d_h_gates[gate], mask, H).to(dtype),)
@@ -394,11 +390,10 @@ def backward_kernel(
                 place_after = place_later
     if SLICES > 1:
         d_state = report(alive, d_state, fault_ptr, launch)
-    for s in tl.static_range(STATES):
-        if d_state0_ptrs[s] is not None:
-            tl.store(d_state0_ptrs[s] + state_rows + units, d_state[s].to(dtype), mask=mask)
+    store_wanted(d_state0_ptrs, state_rows + units, d_state, mask)
     if d_params_ptr is not None:  # one part for each batch tile; the host sums them in order
         unit = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
         for p in tl.static_range(len(d_params)):
             part = (p * tiles + tile).to(tl.int64) * D + direction
-            tl.store(d_params_ptr + part * H + unit, tl.sum(d_params[p], 1), mask=unit < H)
+            d_param = tl.sum(tl.where(mask, d_params[p], 0.0), 1)  # of rows that exist
+            tl.store(d_params_ptr + part * H + unit, d_param, mask=unit < H)

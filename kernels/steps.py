@@ -135,6 +135,26 @@ def load_params(param_ptrs, offsets, mask):
 
 
 @triton.jit
+def load_or_zero(ptrs, offsets, mask, zero):
+    """Float32 tiles of the tensors that there are, and zero in the place of the others."""
+    tiles = ()
+    for i in tl.static_range(len(ptrs)):
+        tile = zero
+        if ptrs[i] is not None:
+            tile = tl.load(ptrs[i] + offsets, mask=mask, other=0.0).to(tl.float32)
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def store_wanted(ptrs, offsets, tiles, mask):
+    """The tiles, each rounded to its tensor, if there is one."""
+    for i in tl.static_range(len(tiles)):
+        if ptrs[i] is not None:
+            tl.store(ptrs[i] + offsets, tiles[i].to(ptrs[i].dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def steps_of(T, lengths, PACKED: tl.constexpr):
     """The steps that this program's rows take part in. Only packed rows end early: otherwise zeros
     are still to be written."""

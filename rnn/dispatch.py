@@ -1,6 +1,5 @@
 """Which backend runs a layer, and why."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -62,10 +61,8 @@ def choose(
         layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
-        why = kernels.unavailable.get(chosen)
-        if why is not None and chosen.otherwise is not None:
-            chosen = replace(chosen.otherwise, why=why)
-        chosen = _unavailable.get(chosen, chosen)
+        available = kernels.available(chosen)
+        chosen = _unavailable.get(chosen) or _unavailable.get(available) or available
     if backend == "triton" and isinstance(chosen, NoPlan):
         raise RuntimeError(f'backend="triton" cannot run here: {chosen.why}')
     return chosen

@@ -29,9 +29,9 @@ def test_names_pytorchs_operator_where_it_runs(cell, monkeypatch):
     """And it does run there, and nowhere else."""
     _, ours = twins(cell, backend="auto", batch_first=True)
     ran = []
-    by_operator = rnn.recurrent.Recurrent._by_operator
+    by_operator = rnn.recurrent.RecurrentBase._by_operator
     monkeypatch.setattr(
-        rnn.recurrent.Recurrent, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
+        rnn.recurrent.RecurrentBase, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
     )
     x, packed = X.transpose(0, 1), pack_sequence([X[:, 0], X[:3, 1]])
     answers = []
