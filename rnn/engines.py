@@ -125,14 +125,15 @@ def input_product(x_rows: Tensor, weight: Tensor, bias: Tensor | None, sizes: li
     """x_gates of all rows: one product or, in float64, one for each step. How many rows a product
     has decides in which order it sums, and so its last bit: a sequence taken step by step is to
     have the bits of the whole."""
-    if x_rows.dtype != torch.float64 or len(sizes) < 2:
+    if x_rows.dtype != torch.float64 or not sizes:
         return F.linear(x_rows, weight, bias)
     x_gates = x_rows.new_empty(len(x_rows), len(weight))
+    aligned = torch_path.Aligned(max(sizes), x_rows)
     for x, gates in zip(x_rows.split(sizes), x_gates.split(sizes)):
         if bias is None:
-            torch.mm(x, weight.t(), out=gates)
+            torch.mm(aligned(x), weight.t(), out=gates)
         else:
-            torch.addmm(bias, x, weight.t(), out=gates)
+            torch.addmm(bias, aligned(x), weight.t(), out=gates)
     return x_gates
 
 

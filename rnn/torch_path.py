@@ -52,11 +52,26 @@ def can_pack(weight: Tensor, batch: int) -> bool:
     )
 
 
+class Aligned:
+    """Rows (n, K), n at most `batch`, for a product whose bits depend on their values alone.
+
+    Where its operand lies decides in which order MKL sums, on an AMD EPYC and for odd K. float64
+    has the same bits step by step as all at once (`step`), so its rows are copied to one place.
+    """
+
+    def __init__(self, batch: int, like: Tensor) -> None:
+        self.place = like.new_empty(batch, like.size(1)) if like.dtype == torch.float64 else None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows if self.place is None else self.place[: len(rows)].copy_(rows)
+
+
 class Product:
     """The product of a step, h @ weight.T for h (n, K), n at most `batch`."""
 
     def __init__(self, weight: Tensor, batch: int) -> None:
         self.transposed = weight.t()
+        self.aligned = Aligned(batch, weight)
         self.packed: Tensor | None = None
         if can_pack(weight, batch):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
@@ -66,13 +81,13 @@ class Product:
     def __call__(self, h: Tensor) -> Tensor:
         """In memory that the next call may write over."""
         if self.packed is None:
-            return torch.mm(h, self.transposed, out=self.result[: len(h)])
+            return torch.mm(self.aligned(h), self.transposed, out=self.result[: len(h)])
         return torch.ops.mkldnn._linear_pointwise(h, self.packed, None, "none", [], "")
 
     def add_(self, x: Tensor, h: Tensor) -> None:
         """x += h @ weight.T"""
         if self.packed is None:
-            x.addmm_(h, self.transposed)
+            x.addmm_(self.aligned(h), self.transposed)
         else:
             x.add_(self(h))
 
