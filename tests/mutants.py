@@ -42,6 +42,7 @@ TRITON = "tests/test_recurrence.py -k test_kernels"
 GRADIENTS = "tests/test_gradients.py"
 AUTOGRAD = "tests/test_autograd.py"
 PRECISION = "tests/test_precision.py"
+GENERIC = "tests/test_generic.py -k 'module or without or places or initial'"
 
 CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("kernels/recurrence.py", LOOPS): {
@@ -312,6 +313,18 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "no-second-derivative-of-the-op": ("if torch.is_grad_enabled() or any(", "if any("),
         "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
         "nothing-runs-again": ("if run_again and layer.cell.stored:", "if False:"),
+    },
+    ("rnn/layer.py", GENERIC): {
+        "inner-biases-after-own-params": ("(*inner, *each[d][own:])", "(*each[d][own:], *inner)"),
+    },
+    ("rnn/autograd.py", GENERIC): {
+        "first-own-param-without-a-gradient": ("% per_direction >= own", "% per_direction > own"),
+    },
+    ("rnn/in_place.py", GENERIC): {
+        "gradients-written-over": ("if S > 1:  # one may", "if False:  # one may"),
+    },
+    ("rnn/checked.py", GENERIC): {
+        "own-params-as-they-are-drawn": (" else weight.fill_(initial)", " else None"),
     },
     ("rnn/checked.py", "tests/test_explain.py"): {
         "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
