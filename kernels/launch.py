@@ -14,7 +14,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import faults
-from .cells import CELLS
+from .cells import tiles_of
 from .hopper_plan import HopperPlan
 from .layout import Inputs, dense, empty_steps, stride_arguments
 from .limits import KernelUnavailable, Plan
@@ -101,7 +101,7 @@ def launch(
 ) -> None:
     """Launch a pass over all batch tiles, on the plan's engine."""
     _, B, H = inputs.state0[0].shape
-    lengths, tile_cell = inputs.lengths, CELLS[cell.name]
+    lengths, tile_cell = inputs.lengths, tiles_of(cell)
     arguments |= dict(
         T=like.size(0) if inputs.offsets is None else inputs.offsets.numel(),
         B=B,

@@ -261,7 +261,7 @@ def steps_of_iteration(
     if unit != "mma":  # wgmma reads W_hh from shared memory each time
         return 1, 1
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
-        return 4, 4
+        return 4, 4 if layer.stored < 7 else 1
     if layer.gates == 1:
         return 4, 2 if ragged else 4
     return 2, 1

@@ -186,10 +186,14 @@ def backward(
     if not spec.stacked:
         d_last = tuple(None if d is None else d.unsqueeze(0) for d in d_last)
     need_d_x, need_d_weights = needs[1], needs[3 + S :]
+    weights = tensors[S:]
+    per_direction = len(weights) // spec.directions
+    own = per_direction - len(cell.own_params)  # where they begin in each direction
     found: Gradients
     rows: StepRows | MemoryRows
     if isinstance(call.plan, Plan):
         need_d_gates, need_d_state0 = need_d_x or any(need_d_weights), any(needs[3 : 3 + S])
+        need_d_own = any(n for k, n in enumerate(need_d_weights) if k % per_direction >= own)
         found = backward_in_triton(
             call.plan,
             spec,
@@ -200,6 +204,7 @@ def backward(
             d_last,
             need_d_gates,
             need_d_state0,
+            need_d_own,
         )
         rows = MemoryRows(spec, lengths)
     else:
@@ -207,8 +212,7 @@ def backward(
     d_state0: list[Tensor | None] = [None] * S
     if any(needs[3 : 3 + S]):
         d_state0 = [s if spec.stacked else s[0] for s in found.d_state0]
-    d_x, weights = None, tensors[S:]
-    per_direction = len(weights) // spec.directions
+    d_x = None
     if need_d_x and spec.input_product:
         weight_ih = weights[::per_direction]
         d_rows = found.d_x_gates[0] @ weight_ih[0]
@@ -230,6 +234,8 @@ def backward(
             if spec.bias:
                 d_weights.append(found.d_x_gates[d].sum(0) if mine[2] else None)
                 d_weights.append(found.d_h_gates[d].sum(0) if mine[3] else None)
+            d_own = found.d_params[d][len(cell.inner_bias) :]
+            d_weights += [p if m else None for p, m in zip(d_own, mine[own:])]
         else:
             d_weights.append(found.d_weight_hh[d] if mine[0] else None)
             d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]

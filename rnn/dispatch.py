@@ -10,6 +10,7 @@ from .kernels.plan import plan
 
 try:
     from .kernels import launch as kernels
+    from .kernels.cells import has_tiles
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -56,6 +57,8 @@ def choose(
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")
+    elif not has_tiles(cell):
+        chosen = NoPlan(f"the cell {cell.name} has no tiles in kernels/cells.py")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)

@@ -7,6 +7,7 @@ x_gates = W_ih x + b_ih is one product over all steps before the loop; the gradi
 and of all weights are products over all steps after it (Werbos, 1990).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_path
-from .cells import CELLS, Tensors
+from .cells import CELLS, Cell, Tensors
 from .dispatch import kernels
 from .kernels.layout import Inputs
 from .kernels.limits import Plan
@@ -29,7 +30,7 @@ class Gradients(NamedTuple):
     d_h_gates: list[Tensor]  # the same tensors where the two do not differ
     d_state0: Tensors  # (D, B, H) each
     d_weight_hh: list[Tensor]
-    d_params: list[Tensors]
+    d_params: list[Tensors]  # in the order of Cell.params
 
 
 class StepRows(NamedTuple):
@@ -188,7 +189,7 @@ def backward_in_torch(
             d_h = in_steps.gather(d_output[..., d * H : (d + 1) * H])
             if d_h.untyped_storage().data_ptr() == d_output.untyped_storage().data_ptr():
                 d_h = d_h.clone(memory_format=torch.contiguous_format)  # it is written over
-        d_x_gates, d_h_gates, d_first = torch_path.backward(
+        d_x_gates, d_h_gates, d_first, d_own = torch_path.backward(
             cell,
             d_h,
             [None if s is None else rows.sort(s[d]) for s in d_last],
@@ -196,6 +197,7 @@ def backward_in_torch(
             prev,
             saved,
             weights.weight_hh[d],
+            weights.params[d],
             B,
             rows.sizes,
             backwards,
@@ -203,12 +205,16 @@ def backward_in_torch(
         result.d_x_gates.append(d_x_gates)
         result.d_h_gates.append(d_h_gates)
         result.d_weight_hh.append(d_h_gates.t() @ prev[0])
-        # A param that is an inner bias is added to the gate, and so has the gate's gradient.
-        result.d_params.append(
-            tuple(d_h_gates[:, k * H : (k + 1) * H].sum(0) for k in cell.inner_bias)
-        )
+        result.d_params.append((*inner_gradients(cell, d_h_gates), *d_own))
         d_state0.append(tuple(rows.unsort(s) for s in d_first))
     return result._replace(d_state0=tuple(torch.stack(s) for s in zip(*d_state0))), in_steps
+
+
+def inner_gradients(cell: Cell, d_h_gates: Tensor) -> Iterator[Tensor]:
+    """Of the biases inside the step, from d_h_gates (N, G * H): each is added to its gate of
+    W_hh h, and so has the gate's gradient."""
+    gates = d_h_gates.chunk(cell.gates, 1)
+    return (gates[k].sum(0) for k in cell.inner_bias)
 
 
 # The fused kernels.
@@ -262,6 +268,7 @@ def backward_in_triton(
     d_last: tuple[Tensor | None, ...],
     need_d_gates: bool,
     need_d_state0: bool,
+    need_d_own: bool,  # of the cell's own params
 ) -> Gradients:
     cell = CELLS[spec.cell]
     state0, weights = split(spec, tensors)
@@ -272,9 +279,11 @@ def backward_in_triton(
     inputs = inputs_of(spec, steps, lengths, state0, weights)
     if d_output is not None:
         d_output = in_steps_of(spec, d_output)
-    d_x_gates, d_h_gates, d_state0, _ = kernels.backward(
-        plan, cell, inputs, steps, stored, d_output, d_last, need_d_gates, need_d_state0, False
+    need = need_d_gates, need_d_state0, need_d_own
+    d_x_gates, d_h_gates, d_state0, d_params = kernels.backward(
+        plan, cell, inputs, steps, stored, d_output, d_last, *need
     )
+    d_own = (d_params or ())[len(cell.inner_bias) :]
     result = Gradients([], [], d_state0 or (), [], [])
     if d_x_gates is None or d_h_gates is None:
         return result
@@ -294,9 +303,8 @@ def backward_in_triton(
         result.d_x_gates.append(flat(spec, d_x_gates)[:, mine])
         same = d_h_gates is d_x_gates
         result.d_h_gates.append(result.d_x_gates[-1] if same else flat(spec, d_h_gates)[:, mine])
-        result.d_params.append(
-            tuple(result.d_h_gates[-1][:, k * H : (k + 1) * H].sum(0) for k in cell.inner_bias)
-        )
+        inner = inner_gradients(cell, result.d_h_gates[-1])
+        result.d_params.append((*inner, *(own[d] for own in d_own)))
     return result
 
 

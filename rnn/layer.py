@@ -33,23 +33,25 @@ class Weights(NamedTuple):
     weight_hh: Tensors
     bias_ih: Tensors
     bias_hh: Tensors
-    params: tuple[Tensors, ...]  # of each direction
+    params: tuple[Tensors, ...]  # of each direction, in the order of Cell.params
 
     @classmethod
     def of(cls, spec: Spec, tensors: Tensors) -> "Weights":
-        """From the flat order of torch.nn: W_ih, W_hh, b_ih, b_hh of each direction; without an
-        input product, W_hh and the cell's params."""
+        """From the flat order of torch.nn: W_ih, W_hh, b_ih, b_hh of each direction, then the
+        cell's own params; without an input product, W_hh and all of the cell's params."""
         step = len(tensors) // spec.directions
         each = [tensors[d * step : (d + 1) * step] for d in range(spec.directions)]
         if not spec.input_product:
             return cls((), tuple(w[0] for w in each), (), (), tuple(w[1:] for w in each))
-        weight_ih, weight_hh, *biases = zip(*each)
-        bias_ih, bias_hh = biases if spec.bias else ((), ())
+        weight_ih, weight_hh, *rest = zip(*each)
+        bias_ih, bias_hh = rest[:2] if spec.bias else ((), ())
         cell, H = CELLS[spec.cell], weight_hh[0].size(1)
+        own = step - len(cell.own_params)
         params = []
         for d in range(spec.directions):
             b = bias_hh[d] if spec.bias else weight_hh[d].new_zeros(cell.gates * H)
-            params.append(tuple(b[k * H : (k + 1) * H] for k in cell.inner_bias))
+            inner = (b[k * H : (k + 1) * H] for k in cell.inner_bias)
+            params.append((*inner, *each[d][own:]))
         return cls(weight_ih, weight_hh, bias_ih, bias_hh, tuple(params))
 
     def bias(self, cell: Cell, d: int) -> Tensor | None:

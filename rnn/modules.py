@@ -1,4 +1,4 @@
-"""Modules that drop in for those of torch.nn."""
+"""Modules that drop in for those of torch.nn, and the one of any cell."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import CELLS, Cell
-from .checked import compute_dtype
+from .cells import CELLS, Cell, cell_of
+from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
-from .recurrent import Recurrent
+from .recurrent import RecurrentBase
 
 
-class RNN(Recurrent[Tensor]):
+class RNN(RecurrentBase[Tensor]):
     """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
     torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
 
@@ -53,7 +53,7 @@ class RNN(Recurrent[Tensor]):
         self.nonlinearity = nonlinearity
 
 
-class GRU(Recurrent[Tensor]):
+class GRU(RecurrentBase[Tensor]):
     """A stack of gated recurrent units, in place of torch.nn.GRU:
 
         r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -80,7 +80,7 @@ class GRU(Recurrent[Tensor]):
         super().__init__("GRU", *args, backend=backend, **kwargs)
 
 
-class LSTM(Recurrent[tuple[Tensor, Tensor]]):
+class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
     """A stack of long short-term memory layers, in place of torch.nn.LSTM:
 
         i, f, o = sigmoid(W_i. x_t + b_i. + W_h. h_{t-1} + b_h.)   each with weights of its own
@@ -107,12 +107,79 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]]):
         super().__init__("LSTM", *args, backend=backend, **kwargs)
 
 
+class Recurrent(RecurrentBase[Any]):
+    """A stack of layers of any cell, state_t = step(x_t, W_hh h_{t-1}, state_{t-1}), of which RNN,
+    GRU and LSTM are cases.
+
+    Args:
+        cell: a Cell of rnn.cells.CELLS, with G gates and S states.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
+            dtype: as of torch.nn.RNN.
+        backend, checkpoint_every: as of rnn.RNN.
+
+    The weights bear torch's names: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0 and
+    bias_hh_l0 (G*H,), drawn from [-1/sqrt(H), 1/sqrt(H)]; the reverse direction's end in _reverse.
+    In each layer and direction the cell's own params follow, named as in `leak_l0`, (H,), with the
+    initial values that the cell gives. The state is a Tensor (L*D, B, H) where S is 1, else a tuple
+    of S of them, h first.
+
+    What an operator of torch.nn does, other cells than torch.nn's lack: torch.jit.script and
+    rnn.convert refuse them, and torch.jit.trace unrolls the steps, so that what was traced holds
+    for that number of steps alone. A module that is unpickled needs its cell in CELLS before.
+
+    Raises:
+        TypeError: cell is no Cell. ValueError: it is not the one that CELLS has under its name.
+
+    Example:
+        >>> model = rnn.Recurrent(rnn.cells.CELLS["gru"], 5, 7, bidirectional=True)
+        >>> output, h_n = model(torch.randn(6, 3, 5))
+        >>> output.shape, h_n.shape
+        (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Backend = "auto",
+        checkpoint_every: int | None = None,
+    ) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be a Cell, got {type(cell).__name__}")
+        super().__init__(
+            mode_of(cell_of(cell)),
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            checkpoint_every=checkpoint_every,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.cell}, {super().extra_repr()}"
+
+
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
+MODULES: dict[str, Callable[..., RecurrentBase]] = {  # of each cell, by its name
     "rnn_tanh": partial(RNN, nonlinearity="tanh"),
     "rnn_relu": partial(RNN, nonlinearity="relu"),
     "gru": GRU,
@@ -120,17 +187,26 @@ MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
 }
 
 
+def module_of(cell: str | Cell) -> Callable[..., RecurrentBase]:
+    """The module of a cell: of MODULES by its name, else rnn.Recurrent of the Cell itself."""
+    if isinstance(cell, Cell):
+        return partial(Recurrent, cell)
+    if cell not in MODULES:
+        raise ValueError(f"cell must be one of {sorted(MODULES)} or a Cell, got {cell!r}")
+    return MODULES[cell]
+
+
 def explain(
-    module: Recurrent, input: Tensor | PackedSequence, lengths: Tensor | None = None
+    module: RecurrentBase, input: Tensor | PackedSequence, lengths: Tensor | None = None
 ) -> str:
     """Say for each layer which backend runs for this input, with the plan or the reason.
 
     Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
-    cannot run among it; TypeError for another module than rnn.RNN, rnn.GRU and rnn.LSTM.
+    cannot run among it; TypeError for another module than rnn.RNN, GRU, LSTM and Recurrent.
     """
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, RecurrentBase):
         raise TypeError(
-            "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
+            "explain takes an rnn.RNN, GRU, LSTM or Recurrent (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
     p = module._as_batch(module._prepare(input, None, lengths))

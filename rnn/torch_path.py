@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell, Tensors
-from .in_place import IN_PLACE, Range
+from .in_place import Range, form_of
 
 CHUNK = 1 << 14  # numbers of a state in a chunk: 64 KiB in float32, of which some ten fit L2
 
@@ -114,24 +114,26 @@ def forward(
     backwards: bool,
 ) -> tuple[Tensors, Tensors, Tensors]:
     """The states after each step, S tensors (N, H); the last states, S tensors (B, H); saved."""
-    form = IN_PLACE[cell.name]
+    form = form_of(cell, params)
     B, H = state0[0].shape
     gates = x_gates.view(-1, cell.gates, H)
-    summed = cell.gates - len(cell.inner_bias)  # inner gates come last
+    # Inner gates come last, but where W_hh h is handed over apart.
+    summed = 0 if form.apart else cell.gates - len(cell.inner_bias)
     if form.own_states:
         states = [x_gates.new_empty(len(x_gates), H) for _ in state0]
     else:
         states = [x_gates]
+    apart = [x_gates.new_empty(len(x_gates), H) for _ in range(cell.saved * form.apart)]
     inner = None
     inner_steps: Sequence[Tensor | None] = [None] * len(sizes)
-    if cell.inner_bias:
+    if cell.inner_bias and not form.apart:
         inner = x_gates.new_empty(len(x_gates), (cell.gates - summed) * H)
         inner_steps = inner.split_with_sizes(sizes)
         bias = torch.cat(params)
     product = Product(weight_hh, B)
     x_steps = x_gates[:, : summed * H].split_with_sizes(sizes)
     views = [view(gates, r).split_with_sizes(sizes) for r in form.step_ranges]
-    new_states = [s.split_with_sizes(sizes) for s in states]
+    written = [s.split_with_sizes(sizes) for s in (*states, *apart)]
     last = [s.clone() for s in state0]
     prev, rows = list(state0), 0 if backwards else B
     for t in order(len(sizes), backwards):
@@ -144,18 +146,22 @@ def forward(
             prev = [torch.cat((s[:rows], s0[rows:n])) for s, s0 in zip(prev, state0)]
         rows = n
         m = inner_steps[t]
-        if m is None:
+        if form.apart:
+            m = product(prev[0])
+        elif m is None:
             product.add_(x_steps[t], prev[0])
         else:
             h_gates = product(prev[0])
             x_steps[t].add_(h_gates[:, : summed * H])
             torch.add(h_gates[:, summed * H :], bias, out=m)
-        new = [s[t] for s in new_states]
+        new = [s[t] for s in written]
         form.step_([v[t] for v in views], m, prev, new)
-        prev = new
+        prev = new[: cell.states]
     for end, s in zip(last, prev):
         end[:rows] = s[:rows]
-    saved = gates.unbind(1) if form.own_states else ()
+    saved = tuple(apart)
+    if form.own_states and not form.apart:
+        saved = gates.unbind(1)
     return tuple(states), tuple(last), saved if inner is None else (*saved, inner)
 
 
@@ -182,17 +188,20 @@ def backward(
     prev: Tensors,  # the states before each step, S tensors (N, H)
     saved: Tensors,
     weight_hh: Tensor,  # (G * H, H)
+    params: Tensors,  # each (H,)
     batch: int,
     sizes: Sequence[int],
     backwards: bool,
-) -> tuple[Tensor, Tensor, Tensors]:
-    """d_x_gates and d_h_gates, (N, G * H), and the gradients of the first states, S x (B, H).
+) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+    """d_x_gates and d_h_gates, (N, G * H), the gradients of the first states, S x (B, H), and
+    those of the cell's own params, each (H,).
 
     A step adds what its gates hand on to d_h of the step before, in place.
     """
-    form = IN_PLACE[cell.name]
+    form = form_of(cell, params)
     (N, H), T = d_h.shape, len(sizes)
     d_gates = d_h.new_empty(N, cell.gates, H)
+    d_own = d_h.new_empty(N, len(cell.own_params), H)
     d_x_gates = torch.empty_like(d_gates) if cell.split else d_gates
     # Rows of d_state0 that have not begun (or have ended) hold the gradient of their last state.
     d_state0 = [
@@ -218,6 +227,7 @@ def backward(
         first = min(steps[0], steps[-1])
         these = list(sizes[first : first + len(steps)])
         d = [view(d_gates[chunk], r).split_with_sizes(these) for r in form.d_ranges]
+        d += [own.split_with_sizes(these) for own in d_own[chunk].unbind(1)]
         d_x = [view(d_x_gates[chunk], r).split_with_sizes(these) for r in form.d_x_ranges]
         factors = [x.split_with_sizes(these) for x in coefficients]
         all_gates = d_gates[chunk].flatten(1).split_with_sizes(these)
@@ -241,7 +251,8 @@ def backward(
         for gate in range(cell.gates):
             if gate not in cell.split:
                 d_x_gates[:, gate] = d_gates[:, gate]
-    return d_x_gates.flatten(1), d_gates.flatten(1), tuple(d_state0)
+    own = d_own.sum(0).unbind()
+    return d_x_gates.flatten(1), d_gates.flatten(1), tuple(d_state0), own
 
 
 def hand_on(onto: Tensor, d_h0: Tensor, n: int) -> Iterator[tuple[Tensor, slice]]:

@@ -78,3 +78,27 @@ def checked(monkeypatch):
 
         monkeypatch.setattr(launch, "forward_kernel", Checked(launch.forward_kernel))
         monkeypatch.setattr(launch, "backward_kernel", Checked(launch.backward_kernel))
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory):
+    """A test may derive cells: they are no part of the tables that other tests read, and their
+    files lie in a folder of their own. Returns that folder."""
+    from rnn.cells import CELLS
+
+    before, folder = dict(CELLS), tmp_path_factory.mktemp("derived")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        yield folder / "fused_rnn"
+    CELLS.clear()
+    CELLS.update(before)
+
+
+@pytest.fixture(scope="module")
+def gallery(derived):
+    """The module rnn.gallery, with its cells in the table."""
+    from rnn import gallery
+    from rnn.cells import CELLS
+
+    CELLS.update((cell.name, cell) for cell in gallery.GALLERY)
+    return gallery
