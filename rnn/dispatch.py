@@ -44,6 +44,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool = False,
+    regularised: bool = False,
 ) -> Plan | NoPlan:
     """The plan of the fused kernels, or why PyTorch runs the recurrence instead.
 
@@ -61,7 +62,8 @@ def choose(
         chosen = NoPlan(f"the cell {cell.name} has no tiles in kernels/cells.py")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
+        sizes = hidden_size, batch, directions
+        layer = Layer(*numbers, *sizes, dtype, tf32_allowed(), packed, regularised)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
         available = kernels.available(chosen)
