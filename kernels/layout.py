@@ -45,8 +45,8 @@ def dense(steps: Tensor) -> Tensor:
 def stride_arguments(**tensors: Tensor | None) -> dict[str, int]:
     """The time and batch strides of the tensors with steps that there are, as a kernel takes them:
     <name>_stride_t and <name>_stride_b in units of UNIT elements, the largest power of two, at most
-    16, that divides them all; 1 where a tensor begins between the widest accesses of a thread, which then take
-    single elements. Packed, both are the stride from row to row."""
+    16, that divides them all; 1 where a tensor begins between the widest accesses of a thread,
+    which then take single elements. Packed, both are the stride from row to row."""
     steps = {name: x for name, x in tensors.items() if x is not None}
     strides = {name: (x.stride(0), x.stride(-2)) for name, x in steps.items()}
     unit = math.gcd(16, *(stride for pair in strides.values() for stride in pair))

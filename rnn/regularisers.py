@@ -8,7 +8,6 @@ Masks are tensors, drawn before the loop: every engine, a pass that is run again
 derivative see the same one.
 """
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -72,40 +71,40 @@ def mask_of_rows(h_mask: Tensor, sizes: Sequence[int]) -> Tensor:
 # What a module is told.
 
 
-def check_probability(name: str, p: Any) -> float:
-    """Raise ValueError unless p is a number in [0, 1]."""
-    if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 1:
+def check_probability(name: str, p: Any, of: str = "an element being zeroed") -> float:
+    """p as a float; raise ValueError unless it is a number in [0, 1]."""
+    if not _is_number(p) or not 0 <= p <= 1:
         raise ValueError(
-            f"{name} should be a number in range [0, 1] representing the probability of an "
-            f"element being zeroed, got {p!r}"
+            f"{name} should be a number in range [0, 1] representing the probability of {of}, "
+            f"got {p!r}"
         )
     return float(p)
 
 
-def check_zoneout(zoneout: Any, states: int) -> tuple[float, ...]:
-    """One probability for each state; raise ValueError unless it is a number in [0, 1] or, for a
-    cell of several states, as many of them."""
-    each = zoneout
-    if not isinstance(zoneout, tuple | list):
-        each = (zoneout,) * states
-    if len(each) != states:
-        raise ValueError(f"zoneout should be one number or {states}, got {zoneout!r}")
-    for p in each:
-        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 1:
-            raise ValueError(
-                "zoneout should be a number in range [0, 1] representing the probability that a "
-                f"unit keeps its old value, got {p!r}"
-            )
-    return tuple(float(p) for p in each)
+def check_zoneout(zoneout: Any, states: int) -> float | tuple[float, ...]:
+    """Raise ValueError unless it is a number in [0, 1] or, of several states, a tuple of them."""
+    each = zoneout if isinstance(zoneout, tuple | list) and states > 1 else (zoneout,)
+    if len(each) not in (1, states):
+        raise ValueError(f"zoneout should be a number or {states} of them, got {zoneout!r}")
+    checked = tuple(check_probability("zoneout", p, "a unit keeping its old value") for p in each)
+    return checked if len(checked) > 1 else checked[0]
 
 
 def check_grad_clip(bound: Any) -> float | None:
-    """Raise ValueError unless it is None or a number above 0."""
+    """The bound as a float; raise ValueError unless it is None or a number above 0."""
     if bound is None:
         return None
-    if isinstance(bound, bool) or not isinstance(bound, Real) or not bound > 0:
-        raise ValueError(f"recurrent_grad_clip should be None or a number above 0, got {bound!r}")
-    return None if math.isinf(bound) else float(bound)
+    if not _is_number(bound) or not bound > 0:
+        raise ValueError(f"recurrent_grad_clip should be a number above 0 or None, got {bound!r}")
+    return float(bound)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def of_each_state(zoneout: float | tuple[float, ...], states: int) -> tuple[float, ...]:
+    return zoneout if isinstance(zoneout, tuple) else (zoneout,) * states
 
 
 def draw_h_mask(p: float, x: Tensor, directions: int, batch: int, hidden: int) -> Tensor:
@@ -117,7 +116,7 @@ def draw_keep(
     zoneout: tuple[float, ...], x: Tensor, directions: int, hidden: int, training: bool
 ) -> Tensor:
     """(*x.shape[:-1], D * S * H): in training 1 with the probability of the state, else 0; in
-    evaluation the probability, of which nothing is stored for each step."""
+    evaluation that probability, one row that stands for all."""
     chances = x.new_tensor(zoneout * directions).repeat_interleave(hidden)
     keep = chances.expand(*x.shape[:-1], len(chances))
     return torch.bernoulli(keep) if training else keep
