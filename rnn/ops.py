@@ -26,7 +26,8 @@ from .operators import why_faster
 
 SAID = (
     "str cell, int directions, bool reverse, bool batch_first, bool input_product, bool bias, "
-    "bool stacked, bool projected, bool h_mask, bool zoneout, float? grad_clip, str backend"
+    "bool stacked, bool projected, str backend, "
+    "bool h_mask=False, bool zoneout=False, float? grad_clip=None"
 )
 MANY_STEPS = 1 << 62
 LIBRARY = torch.library.Library("fused_rnn", "DEF")
