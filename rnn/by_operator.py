@@ -55,6 +55,8 @@ class ByOperator(Checked):
             said["zoneout"] = self.zoneout
         if self.recurrent_grad_clip is not None:
             said["recurrent_grad_clip"] = self.recurrent_grad_clip
+        if self.cell.endswith("_norm"):
+            said["layer_norm"] = True
         return said
 
     def _spec(self, p: Prepared, sizes: tuple[int, ...] | None) -> Spec:

@@ -54,7 +54,9 @@ def choose(
         return NoPlan('backend="torch" was asked for')
     limits = _limits(backend, dtype, device)
     chosen: Plan | NoPlan
-    if isinstance(limits, NoPlan):
+    if cell.across:
+        chosen = NoPlan(f"a step of {cell.name} {cell.across}; the kernels take pointwise steps")
+    elif isinstance(limits, NoPlan):
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import layer_norm
 from .cells import Cell, cell_of
 from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
@@ -81,6 +82,9 @@ class GRU(RecurrentBase[Tensor]):
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, device=None, dtype=None: as of torch.nn.GRU.
         backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised GRU of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
     form of torch.nn.GRU.
@@ -91,9 +95,12 @@ class GRU(RecurrentBase[Tensor]):
         (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
         _refuse_projection(kwargs)
-        super().__init__("GRU", *args, backend=backend, **kwargs)
+        mode, args = _normed("GRU", args, kwargs) if layer_norm else ("GRU", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
 
 
 class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
@@ -109,6 +116,9 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
             bidirectional=False, proj_size=0, device=None, dtype=None: as of torch.nn.LSTM. With
             proj_size, PyTorch's own operator runs, which has no checkpoint_every.
         backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised LSTM of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Its state is the pair (h, c), in and out.
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.
@@ -119,8 +129,11 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
         (torch.Size([3, 6, 7]), torch.Size([1, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, backend=backend, **kwargs)
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
+        mode, args = _normed("LSTM", args, kwargs) if layer_norm else ("LSTM", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
 
 
 class Recurrent(RecurrentBase[Any]):
@@ -194,6 +207,16 @@ class Recurrent(RecurrentBase[Any]):
 
     def extra_repr(self) -> str:
         return f"{self.cell}, {super().extra_repr()}"
+
+
+def _normed(mode: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, tuple]:
+    """The mode of the layer-normalised form, and the arguments without b_ih and b_hh."""
+    bias = args[3] if len(args) > 3 else kwargs.pop("bias", True)
+    if not bias or kwargs.get("proj_size"):
+        raise ValueError("layer_norm=True needs bias=True and proj_size=0")
+    kwargs |= {} if len(args) > 3 else {"bias": False}
+    layer_norm.register()
+    return layer_norm.NORMED[mode].name, (*args[:3], *(False for _ in args[3:4]), *args[4:])
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
