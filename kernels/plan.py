@@ -260,6 +260,8 @@ def steps_of_iteration(
     weights = layer.gates * block_s**2 * layer.itemsize * layer.parts // (128 * num_warps)
     if unit != "mma":  # wgmma reads W_hh from shared memory each time
         return 1, 1
+    if layer.regularised:  # masks take registers too
+        return (2, 2) if weights < 128 and layer.itemsize == 2 else (1, 1)
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
         return 4, 4 if layer.stored < 7 else 1
     if layer.gates == 1:
