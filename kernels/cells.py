@@ -159,6 +159,10 @@ CELLS = {
 }
 
 
+def has_tiles(cell: Any) -> bool:
+    return cell.name in CELLS or hasattr(cell, "tiles")
+
+
 def tiles_of(cell: Any) -> TileCell:
     """The tiles of a cell. A cell that rnn.cell derived has them made where they are first used."""
     if cell.name not in CELLS:

@@ -10,6 +10,7 @@ if not (_folder / "kernels").is_dir():
     __path__.append(str(_folder.parent))
 
 from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
+from .check import check_cell
 from .convert import convert
 from .derive import cell, source, straight_through
 from .functional import recurrence
@@ -27,6 +28,7 @@ __all__ = [
     "OneToOne",
     "Recurrent",
     "cell",
+    "check_cell",
     "convert",
     "explain",
     "recurrence",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import layer_norm
 from .autograd import autocast_enabled
 from .cells import CELLS, Cell
 from .functional import State, check_lengths, own_lengths
@@ -107,6 +108,8 @@ class Checked(torch.nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.mode.endswith("_norm"):
+            layer_norm.register()
         if self.cell not in CELLS:
             raise RuntimeError(
                 f"this module's cell {self.cell!r} is not in rnn.cells.CELLS: import what defines "

@@ -1,34 +1,25 @@
 """`rnn.cell`: a Cell from one Python function, with its derivative, for every engine.
 
-The function is traced on small tensors by PyTorch's own tools: AOTAutograd's joint graph has the
-step and its derivative as operators of tensors. From them a graph of our own is made (graph.py),
-what must be saved is chosen, and both functions of a Cell are printed, in PyTorch and in Triton
-(printer.py).
+The function is traced (tracing.py) into a graph of pointwise operations (graph.py). What must be
+saved between its two passes is chosen there, and both functions of a Cell are printed from it, in
+PyTorch and in Triton (printer.py).
 """
 
 import hashlib
 import importlib
 import inspect
-import linecache
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import generated
-from .cells import CELLS, Cell, Tensors
-from .graph import Graph, cut
-from .operations import DECOMPOSED, LOWERINGS
+from .cells import CELLS, Cell
+from .graph import cut
 from .printer import TORCH, TRITON, Function, module_text
-
-Step = Callable[[Any, Any, Any, Any], Any]
-Initial = float | Callable[[Tensor], Any]
+from .tracing import Initial, Recipe, Step, Traced, trace
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ def cell(
             unknown here (the message names it and the line), random numbers, a write in place, a
             branch on values, a result of another shape or dtype, a gate that is not used, a
             derivative that is not that of its operations.
-        TypeError: the function does not return a tuple of S tensors.
+        TypeError: it is no Python function, or does not return a tuple of S tensors.
 
     Example: the minimal gated unit (Zhou et al., 2016)
         >>> @rnn.cell(gates=2)
@@ -112,6 +103,8 @@ def cell(
             raise ValueError(f"the name of a param must be an identifier, got {name!r}")
 
     def decorate(function: Step) -> Cell:
+        if not inspect.isfunction(inspect.unwrap(function)):
+            raise TypeError(f"a cell is made of a Python function, got {function!r}")
         return _register(derive(Recipe(function, gates, states, own)))
 
     return decorate
@@ -142,192 +135,6 @@ def source(cell: Cell, language: str = "triton") -> str:
     if language not in texts:
         raise ValueError(f"language must be one of {sorted(texts)}, got {language!r}")
     return texts[language]
-
-
-# ------------------------------------------------------------------------------------- tracing
-
-
-class Recipe(NamedTuple):
-    """What the decorator was given."""
-
-    function: Step
-    gates: int
-    states: int
-    own: dict[str, Initial]
-
-    @property
-    def leaves(self) -> list[tuple[str, int]]:
-        """The arguments of a step one after the other, as leaves of a graph."""
-        counts = ("x_gates", self.gates), ("h_gates", self.gates), ("state_prev", self.states)
-        return [(n, k) for n, count in (*counts, ("own", len(self.own))) for k in range(count)]
-
-    def __call__(self, *flat: Tensor) -> Any:
-        """The function on tensors in the order of the leaves."""
-        G, S = self.gates, self.states
-        own = dict(zip(self.own, flat[2 * G + S :]))
-        return self.function(flat[:G], flat[G : 2 * G], flat[2 * G : 2 * G + S], own)
-
-    def samples(self, shape: tuple[int, int]) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        options: dict[str, Any] = dict(dtype=torch.float64, device="cpu")
-        drawn = [torch.randn(shape, generator=generator, **options) for _ in self.leaves]
-        return [x.requires_grad_() for x in drawn]
-
-    def refuse(self, why: str, where: FrameType | TracebackType | None = None) -> ValueError:
-        """The error for this function; with its own line, if it is among the frames."""
-        line = None
-        code = inspect.unwrap(self.function).__code__
-        while where is not None:
-            frame = where.tb_frame if isinstance(where, TracebackType) else where
-            if frame.f_code is code:
-                line = where.tb_lineno if isinstance(where, TracebackType) else frame.f_lineno
-                if not isinstance(where, TracebackType):
-                    break
-            where = where.tb_next if isinstance(where, TracebackType) else where.f_back
-        name = code.co_name
-        at = f"{code.co_filename}:{line or code.co_firstlineno}"
-        text = linecache.getline(code.co_filename, line).strip() if line else ""
-        return ValueError(f"{name} cannot be a cell: {why} ({at}{': ' + text if text else ''})")
-
-
-class Watch(TorchDispatchMode):
-    """Refuses, on the spot, an operator that has no place in a cell."""
-
-    def __init__(self, recipe: Recipe, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.recipe, self.shape = recipe, shape
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = short_name(func)
-        why = ""
-        if func._schema.is_mutable:
-            why = "writes in place"
-        elif torch.Tag.nondeterministic_seeded in func.tags:
-            why = "draws random numbers"
-        elif name in ("_local_scalar_dense", "is_nonzero", "item"):
-            why = "makes a branch or a plain number of values that a kernel has yet to compute"
-        elif name not in LOWERINGS and name not in DECOMPOSED:
-            why = "is not among the pointwise operators that kernels have"
-        if why:
-            raise self.recipe.refuse(f"{func} {why}", sys._getframe(1))
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple) else (result,):
-            if x.shape not in (self.shape, ()) and x.numel():
-                what = f"{func} gives the shape {tuple(x.shape)} for arguments {self.shape}"
-                raise self.recipe.refuse(f"{what}: it is not pointwise", sys._getframe(1))
-        return result
-
-
-def short_name(func: Any) -> str:
-    """aten.add.Tensor -> add; another library's op keeps its full name."""
-    return func._schema.name.removeprefix("aten::")
-
-
-def watched(recipe: Recipe, samples: list[Tensor]) -> Tensors:
-    """The step on samples, every operator looked at; raises where there is something to refuse."""
-    shape = (samples[0].size(0), samples[0].size(1))
-    try:
-        with Watch(recipe, shape):
-            new = recipe(*samples)
-    except (IndexError, KeyError) as error:
-        G, S = recipe.gates, recipe.states
-        said = f"it was declared with gates={G}, states={S}, params {sorted(recipe.own)}"
-        raise recipe.refuse(f"{error!r}; {said}", error.__traceback__) from error
-    if not isinstance(new, tuple) or not all(isinstance(x, Tensor) for x in new):
-        raise TypeError(f"{recipe.function} must return a tuple of tensors, got {new!r}")
-    if len(new) != recipe.states:
-        raise TypeError(
-            f"{recipe.function} must return the {recipe.states} new state(s), got {len(new)}"
-        )
-    for k, x in enumerate(new):
-        if tuple(x.shape) != shape or x.dtype != torch.float64:
-            raise recipe.refuse(
-                f"the new state[{k}] must be {shape} of float64 as the arguments, got "
-                f"{tuple(x.shape)} of {x.dtype}"
-            )
-    return new
-
-
-class Traced(NamedTuple):
-    """A step and its derivative in one graph."""
-
-    graph: Graph
-    differentiable: list[int]  # the new states, with detach where the user wrote it
-    state: list[int]  # the new states
-    gradients: dict[int, int | None]  # of each leaf; None: zero
-
-
-def trace(recipe: Recipe, shape: tuple[int, int]) -> Traced:
-    from torch._functorch.aot_autograd import aot_export_joint_simple
-
-    samples = recipe.samples(shape)
-    new = watched(recipe, samples)
-    graph = Graph()
-    leaves = [graph.leaf(*leaf) for leaf in recipe.leaves]
-    if not any(x.requires_grad for x in new):
-        raise recipe.refuse("no gradient reaches any of its arguments")
-
-    def step(*flat: Tensor) -> Any:
-        return tuple(x.clone() for x in recipe(*flat))  # each a tensor of its own
-
-    decomposed: Any = get_decompositions([getattr(torch.ops.aten, name) for name in DECOMPOSED])
-    joint: Any = aot_export_joint_simple(
-        step, tuple(samples), trace_joint=True, decompositions=decomposed
-    )
-    d_state = [graph.leaf("d_state", s) for s in range(recipe.states) if new[s].requires_grad]
-    # Two values for each node: what a user's detach() is to autograd, it is not to a kernel.
-    inputs = iter([*leaves, *d_state])
-    raw: dict[Any, Any] = {}
-    plain: dict[Any, Any] = {}
-    for node in joint.graph.nodes:
-        if node.op == "placeholder":
-            raw[node] = plain[node] = next(inputs)
-        elif node.op == "get_attr":
-            number = getattr(joint, node.target)
-            if number.numel() != 1:
-                raise recipe.refuse(f"it reads a tensor of the shape {tuple(number.shape)}")
-            raw[node] = plain[node] = graph.constant(float(number))
-        elif node.op == "call_function":
-            name = short_name(node.target)
-            if name == "_assert_tensor_metadata":
-                continue
-            raw[node] = lowered(recipe, graph, node, raw)
-            detached = name == "detach"
-            plain[node] = plain[node.args[0]] if detached else lowered(recipe, graph, node, plain)
-        else:
-            outputs = node.args[0]
-    if next(inputs, None) is not None:
-        raise RuntimeError("AOTAutograd's joint graph has not the inputs that were expected")
-    new_nodes, gradients = outputs[: recipe.states], outputs[recipe.states :]
-    zero = graph.constant(0)
-    found = [zero if g is None else plain[g] for g in gradients]
-    return Traced(
-        graph,
-        [raw[node] for node in new_nodes],
-        [plain[node] for node in new_nodes],
-        {leaf: None if g == zero else g for leaf, g in zip(leaves, found)},
-    )
-
-
-def lowered(recipe: Recipe, graph: Graph, node: torch.fx.Node, values: dict[Any, int]) -> int:
-    """The value of a node, from those of its arguments."""
-
-    def argument(x: Any) -> Any:
-        if isinstance(x, torch.fx.Node):
-            return values[x]
-        return graph.constant(x) if isinstance(x, int | float) else x
-
-    name = short_name(node.target)
-    if name not in LOWERINGS:
-        raise recipe.refuse(f"its derivative needs {node.target}, which kernels do not have")
-    try:
-        kwargs = {key: argument(x) for key, x in node.kwargs.items()}
-        return LOWERINGS[name](graph, *map(argument, node.args), **kwargs)
-    except (TypeError, NotImplementedError) as error:
-        raise recipe.refuse(f"{node.target}: {error}") from error
-
-
-# ----------------------------------------------------------------------------- from graph to cell
 
 
 def derive(recipe: Recipe) -> DerivedCell:
@@ -375,6 +182,7 @@ def assembled(recipe: Recipe, traced: Traced) -> DerivedCell:
     d_h = [found[graph.leaf("h_gates", k)] for k in range(G)]
     d_params = [*(d_h[k] for k in inner), *(found[v] for v in own)]
     name = inspect.unwrap(recipe.function).__code__.co_name
+    name = name if name.isidentifier() else "cell"  # of a lambda
     gates = {graph.leaf("x_gates", k): f"x_gates[{k}]" for k in range(G)}
     gates |= {graph.leaf("h_gates", k): f"h_gates[{k}]" for k in range(G)}
     gates |= {graph.leaf("h_gates", k): f"h_{k}" for k in inner}

@@ -15,6 +15,14 @@ from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS, Backend
 from .functional import State
 from .layer import Spec
+from .regularisers import (
+    check_grad_clip,
+    check_probability,
+    check_zoneout,
+    draw_h_mask,
+    draw_keep,
+    of_each_state,
+)
 from .run import run, transformed, values_are_hidden
 from .segments import Segments, check_resets
 
@@ -26,6 +34,9 @@ class RecurrentBase(ByOperator, Generic[S]):
 
     backend: Backend = "auto"  # of instances that were pickled as torch.nn's
     checkpoint_every: int | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
+    recurrent_grad_clip: float | None = None
 
     def __init__(
         self,
@@ -33,6 +44,9 @@ class RecurrentBase(ByOperator, Generic[S]):
         *args: Any,
         backend: Backend = "auto",
         checkpoint_every: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_grad_clip: float | None = None,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -40,13 +54,22 @@ class RecurrentBase(ByOperator, Generic[S]):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
         self.checkpoint_every = check_checkpoint_every(checkpoint_every, self.proj_size)
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = check_zoneout(zoneout, CELLS[self.cell].states)
+        self.recurrent_grad_clip = check_grad_clip(recurrent_grad_clip)
+        if self.proj_size and self.regularisers:
+            names = ", ".join(self.regularisers)
+            raise ValueError(f"{names} needs proj_size=0, got proj_size={self.proj_size}")
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
 
     def extra_repr(self) -> str:
         every = self.checkpoint_every
-        more = "" if every is None else f", checkpoint_every={every}"
+        said = (
+            self.regularisers if every is None else self.regularisers | {"checkpoint_every": every}
+        )
+        more = "".join(f", {name}={value}" for name, value in said.items())
         return super().extra_repr() + f", backend={self.backend}" + more
 
     @overload
@@ -250,15 +273,14 @@ class RecurrentBase(ByOperator, Generic[S]):
 
     def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer by layer on this library's backends."""
-        cell, D = CELLS[self.cell], self.directions
+        D = self.directions
         x, dtype = p.x, compute_dtype(p.x)
         x = x if x.dtype == dtype else x.to(dtype)
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
         sizes = None
         if batch_sizes is not None and not torch.compiler.is_compiling():
             sizes = tuple(batch_sizes.tolist())
-        projected = self.proj_size > 0
-        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
+        spec = self._spec(p, sizes)
         run_layer, last = run, []
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             run_layer = partial(run_in_pieces, self.checkpoint_every)
@@ -269,7 +291,7 @@ class RecurrentBase(ByOperator, Generic[S]):
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
             weights = self._layer_weights(p, layer, dtype)
-            tensors = (*state0, *weights)
+            tensors = (*state0, *self._masks(spec, x, p.batch), *weights)
             x, state_n = run_layer(spec, self.backend, x, p.lengths, tensors, batch_sizes)
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
@@ -277,6 +299,16 @@ class RecurrentBase(ByOperator, Generic[S]):
         if len(last) == 1:
             return x, last[0]
         return x, tuple(torch.cat(states) for states in zip(*last))
+
+    def _masks(self, spec: Spec, x: Tensor, batch: int) -> list[Tensor]:
+        """Those of a layer whose input is x, by torch's generator on its device."""
+        masks, D, H = [], self.directions, self.hidden_size
+        if spec.h_mask:
+            masks.append(draw_h_mask(self.recurrent_dropout, x, D, batch, H))
+        if spec.zoneout:
+            zoneout = of_each_state(self.zoneout, CELLS[self.cell].states)
+            masks.append(draw_keep(zoneout, x, D, H, self.training))
+        return masks
 
     def _layer_weights(self, p: Prepared, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """The weights of a layer, direction by direction, in the dtype of the computation."""

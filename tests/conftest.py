@@ -84,14 +84,20 @@ def checked(monkeypatch):
 def derived(tmp_path_factory):
     """A test may derive cells: they are no part of the tables that other tests read, and their
     files lie in a folder of their own. Returns that folder."""
-    from rnn.cells import CELLS
+    from rnn import cells, dispatch
 
-    before, folder = dict(CELLS), tmp_path_factory.mktemp("derived")
+    tables = [cells.CELLS]
+    if dispatch.kernels is not None:
+        from rnn.kernels import cells as tiles
+
+        tables.append(tiles.CELLS)
+    before, folder = [dict(table) for table in tables], tmp_path_factory.mktemp("derived")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(folder))
         yield folder / "fused_rnn"
-    CELLS.clear()
-    CELLS.update(before)
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,9 @@ def blend(x, h_gates, state, params):
     a = a + torch.expm1(v.clamp(-1, 1)) + torch.sqrt(1 + u**4) + torch.rsqrt(1 + v.pow(2))
     a = a + (2 + torch.sin(u)).reciprocal() + torch.cos(v) ** 3 + torch.erf(u) + (1 + v * v) ** -1
     a = a + torch.maximum(u, v) - torch.minimum(u, torch.tensor(0.5)) + F.leaky_relu(v)
+    always = torch.tensor(0.5) < 1
     inside = ((u > v) & (u <= 2)) | ~(v >= -1) | torch.logical_and(u != 0, v < 3)
+    inside = inside & always | torch.logical_not(always)
     a = torch.where(inside, a, torch.sign(u)) + (u == v) + F.hardtanh(u) + F.hardsigmoid(v)
     a = a + torch.lerp(u, v, 0.3) + torch.addcmul(u, v, v, value=-0.5) - torch.relu(v).detach()
     a = a + torch.zeros_like(u).masked_fill(u > 0, 0.125) + F.hardswish(u) + v.new_ones(v.shape)
@@ -132,7 +134,7 @@ def test_every_operation():
     assert_close_to_float64(case, got, torch.float32)
 
 
-SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 88.5, 1e-6, -1e-4, 1.0]
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 88.5, 94.083336, 1e-6, -1e-4]
 SPECIAL_OF = {
     "exp": torch.exp,
     "expm1": torch.expm1,
@@ -191,6 +193,39 @@ def test_what_the_states_tell_is_not_saved():
 
     cell = rnn.cell(gates=1, states=2)(step)
     assert (cell.saved, cell.reads, cell.recalls) == (0, (1,), False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy: 0 / 0
+def test_rows_that_do_not_exist_are_not_summed(nan_filled):
+    """In the kernels their states are 0, and the gradient of a param would be NaN there."""
+    pytest.importorskip("triton")
+    from launched import DEVICE, planned, run
+
+    def step(x, h_gates, state, params):
+        return (torch.tanh(x[0] + h_gates[0]) * params["w"] / state[0],)
+
+    case = Case(rnn.cell(gates=1, params={"w": 1.0})(step).name, T=1, B=3, H=17)
+    p = problem(case)
+    p = p._replace(state0=(p.state0[0].abs() + 1,)).to(torch.float32, DEVICE)
+    got = run(case, p, planned(case, torch.float32))
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_a_lambda():
+    assert rnn.cell(gates=1)(lambda x, h, s, p: (x[0] + h[0],)).name.startswith("cell_")
+
+
+def test_truths_are_not_saved():
+    """Kernels store tiles of numbers."""
+
+    def step(x, h_gates, state, params):
+        a, b = x[0] + h_gates[0], x[1] + h_gates[1]
+        return (torch.where(a > 0, b, 2 * b),)
+
+    cell = rnn.cell(gates=2)(step)
+    ones = torch.ones(2, 3)
+    _, saved = cell.step((ones, ones), (ones, ones), (ones,), ())
+    assert [x.dtype for x in saved] == [torch.float32]
 
 
 def test_straight_through_is_exact():
@@ -296,6 +331,13 @@ def size(x, h_gates, state, params):
     return ((x[0] + h_gates[0]) / x[0].size(1),)
 
 
+WEIGHT = torch.nn.Parameter(torch.tensor(0.5))
+
+
+def from_elsewhere(x, h_gates, state, params):
+    return ((x[0] + h_gates[0]) * WEIGHT,)
+
+
 class Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -337,6 +379,7 @@ def hidden(x, h_gates, state, params):
         (one_more_gate, 2, r"gate 0 of 2 is not used"),
         (constant, 1, r"no gradient reaches"),
         (size, 1, r"something else for another size"),
+        (from_elsewhere, 1, r"reads a tensor from elsewhere: name it in params.*\* WEIGHT"),
         (own_derivative, 1, r"gradient is not that of its operations.*straight_through"),
         (hidden, 1, r"gradient is not that of its operations"),
     ],
@@ -376,6 +419,8 @@ def test_wrong_arguments():
         rnn.cell(gates=0)
     with pytest.raises(ValueError, match="must be an identifier, got 'a b'"):
         rnn.cell(gates=1, params={"a b": 1.0})
+    with pytest.raises(TypeError, match="made of a Python function, got <built-in"):
+        rnn.cell(gates=1)(torch.tanh)
     with pytest.raises(TypeError, match=r"a cell that rnn\.cell made"):
         rnn.source(CELLS["gru"])
     with pytest.raises(ValueError, match="language must be one of"):
@@ -423,6 +468,8 @@ def test_the_source_is_short_and_its_file_is_there(derived):
     tiles_of(cell)
     (file,) = derived.glob(f"{cell.name}_*.py")
     assert file.read_text() == text
+    file.write_text("half of")  # as a process leaves it that is killed
+    assert cell.tiles().step is not None and file.read_text() == text
     assert not list(derived.glob("*.tmp"))
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_code_of_the_readme_runs(capsys):
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+def test_the_code_of_the_readme_runs(capsys, derived):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     namespace: dict = {}
@@ -33,8 +34,9 @@ def test_the_two_commands_are_those_of_ci():
     assert "pip install -q -e '.[test]'" in run and "python -m pytest" in run
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", rnn.__all__)
-def test_a_public_name_has_an_example_and_it_runs(name):
+def test_a_public_name_has_an_example_and_it_runs(name, derived):
     """Of classes, the examples of their methods too."""
     thing = getattr(rnn, name)
     assert ">>> " in inspect.getdoc(thing), f"rnn.{name} has no example"

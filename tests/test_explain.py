@@ -147,5 +147,5 @@ def test_triton_where_it_cannot_run_raises(cell, backend):
 )
 def test_other_modules_are_told_what_to_pass(module):
     name = type(module).__name__
-    with pytest.raises(TypeError, match=rf"takes an rnn.RNN, rnn.GRU or rnn.LSTM .* got {name}"):
+    with pytest.raises(TypeError, match=rf"takes an rnn.RNN, GRU, LSTM or Recurrent .* got {name}"):
         rnn.explain(module, X)

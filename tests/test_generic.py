@@ -207,7 +207,11 @@ def test_states_that_only_change_places(monkeypatch):
 
     cell = Cell("exchange", 1, 3, 0, step, step_vjp)
     monkeypatch.setitem(CELLS, "exchange", cell)
-    assert_like_the_loop(module(cell, bidirectional=True, **DOUBLE), "lengths")
+    of = module(cell, bidirectional=True, **DOUBLE)
+    assert_like_the_loop(of, "lengths")
+    of.backend = "triton"
+    with pytest.raises(RuntimeError, match="the cell exchange has no tiles"):
+        of(given(of)[0])
 
 
 @each_own
