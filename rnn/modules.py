@@ -11,6 +11,7 @@ from .cells import CELLS, Cell
 from .checked import compute_dtype
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
+from .nested import Nested
 from .recurrent import Recurrent
 
 
@@ -121,9 +122,12 @@ MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
 
 
 def explain(
-    module: Recurrent, input: Tensor | PackedSequence, lengths: Tensor | None = None
+    module: Recurrent,
+    input: Tensor | PackedSequence,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> str:
-    """Say for each layer which backend runs for this input, with the plan or the reason.
+    """Say for each layer which backend runs for this call, with the plan or the reason.
 
     Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
     cannot run among it; TypeError for another module than rnn.RNN, rnn.GRU and rnn.LSTM.
@@ -133,7 +137,13 @@ def explain(
             "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
-    p = module._as_batch(module._prepare(input, None, lengths))
+    if isinstance(input, Tensor) and input.is_nested:
+        nested = Nested.of(input, module.batch_first)
+        input, lengths = nested.pad(), nested.lengths
+    p = module._prepare(input, None, lengths)
+    if resets is not None:
+        _, p = module._cut(p, resets)
+    p = module._as_batch(p)
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"
