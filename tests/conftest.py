@@ -78,3 +78,14 @@ def checked(monkeypatch):
 
         monkeypatch.setattr(launch, "forward_kernel", Checked(launch.forward_kernel))
         monkeypatch.setattr(launch, "backward_kernel", Checked(launch.backward_kernel))
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile forgets its graphs, and their number is 0."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield
+    dynamo.reset()

@@ -308,16 +308,19 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "input-always-saved": ("x if read else None, lengths", "x, lengths"),
         "version-of-the-input-ignored": ("x._version != ctx.version", "False"),
     },
-    ("rnn/run.py", "tests/test_ops.py -k transforms"): {
+    ("rnn/run.py", "tests/test_graphs.py -k transforms"): {
         "an-op-under-transforms": (" and not transformed()", ""),
     },
-    ("rnn/ops.py", "tests/test_ops.py -k 'replaced or derivatives or lengths_in'"): {
+    (
+        "rnn/ops.py",
+        "tests/test_ops.py tests/test_graphs.py -k 'replaced or derivatives or lengths_in'",
+    ): {
         "another-engines-numbers": (" or dispatch.given_up(plan)", ""),
         "no-second-derivative-of-the-op": ("if torch.is_grad_enabled() or any(", "if any("),
         "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
         "nothing-runs-again": ("if run_again and layer.cell.stored:", "if False:"),
     },
-    ("rnn/recurrent.py", "tests/test_explain.py"): {
+    ("rnn/checked.py", "tests/test_explain.py"): {
         "explain-takes-steps-for-rows": ("x.size(0 if self.batch_first else 1)\n", "x.size(1)\n"),
     },
 }
