@@ -1,25 +1,25 @@
 """Measure this library against torch.nn: python -m bench
 
 On a GPU or a CPU, whatever there is, each case is run by this library, by torch.nn (cuDNN, or
-PyTorch's C++ on a CPU), by a loop in Python, and by FlashRNN where it is installed. Each is checked
-against float64 first; one that is wrong is reported and not timed. Then they are timed in turns:
-forward, backward and training step, each by the median and the quantiles of 20 % and 80 %.
+PyTorch's C++ on a CPU) and by FlashRNN where it is installed; --providers names others. Each is
+checked against float64 first; one that is wrong is reported and not timed. Then they are timed in
+turns: forward, backward and training step, each by the median and the quantiles of 20 % and 80 %.
 
-  python -m bench                          all cases: ten minutes or so on two cores
-  python -m bench --quick                  a few: less than two minutes
-  python -m bench --cases sizes rnn_tanh-T128-B16-H256 --providers auto torch.nn
+  python -m bench                          all cases: less than ten minutes on two cores
+  python -m bench --quick                  a few: about a minute
+  python -m bench --cases sizes rnn_tanh-T128-B16-H256 --providers auto torch.nn loop
   python -m bench --into README.md         also write a summary between the README's marks
   python -m bench --compare A.json B.json  what got slower; exit status 1 if anything did
   python -m bench --accept                 on a GPU: its tests, then this library against cuDNN
 
-It leaves results.json and README.md in --out. Rows that are there already, of the same
-commit, versions and machine, are kept, so an interrupted run goes on when it is started again.
-Exit status: 0; 1 if this library was wrong or crashed, or if --compare found something slower; 2 if
-it could not be done.
+It leaves results.json and README.md in --out; bench/README.md says what the figures mean. Exit
+status: 0; 1 if this library was wrong or crashed, or --compare found something slower; 2 if what
+was asked cannot be done.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,26 +38,6 @@ from .store import BenchError, Results
 SECONDS, QUICK_SECONDS = 2.0, 0.5
 
 
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, known = parser.add_argument, list(PROVIDERS)
-    named = f"sets ({', '.join(sets(False))}) or cases, as {EXAMPLE}"
-    where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
-    add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
-    add("--cases", nargs="+", metavar="NAME", help=named)
-    add("--providers", nargs="+", choices=known, metavar="NAME", help=", ".join(known))
-    add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")
-    add("--out", type=Path, metavar="DIR", help=where)
-    add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
-    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what got slower")
-    add("--accept", action="store_true", help="run the GPU's tests, then compare with cuDNN")
-    return parser
-
-
 def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
     """The cases of those sets, and those named. Raises BenchError."""
     known = sets(gpu)
@@ -73,19 +53,6 @@ def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def open_results(out: Path, device: torch.device) -> Results:
-    """What is in --out already, or nothing where that was measured on something else."""
-    new = Results(store.make_header(device))
-    if not (out / store.JSON).exists():
-        return new
-    old = Results.read(out / store.JSON)
-    differ = old.header.differences(new.header)
-    if not differ and new.header.commit.isalnum():
-        return old
-    print(f"{out / store.JSON} is replaced: another {', '.join(differ) or 'state of the files'}")
-    return new
-
-
 def benchmark(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = choose_cases(args.cases or (["quick"] if args.quick else None), device.type == "cuda")
@@ -93,47 +60,37 @@ def benchmark(args: argparse.Namespace) -> int:
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     part = args.quick or args.cases or args.providers or args.seconds
     folder = Path("runs/bench") if part else store.ROOT / "bench/results"
-    out = args.out or folder / store.slug(store.device_name(device))
+    name = re.sub(r"[^a-z0-9]+", "-", store.device_name(device).lower()).strip("-")
+    out = args.out or folder / name
     if args.into is not None:
         report.put_between(args.into.read_text(encoding="utf-8"), "")  # better now than after
-    results = open_results(out, device)
-    results.write(out)  # a folder that cannot be written to is found out now
+    out.mkdir(parents=True, exist_ok=True)  # or fail now
+    results = Results(store.make_header(device))
 
-    print(f"{results.header.device}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")
-    status = 0
-    try:
-        for i, case in enumerate(cases, 1):
-            print(f"[{i}/{len(cases)}] {case}", flush=True)
-            if not all(results.of(case, name).status for name in providers):
-                rows = measure(case, providers, device, seconds)
-                results.rows |= {(row.case, row.provider): row for row in rows}
-                results.write(out)
-            print(report.terminal(results, case), flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        status = 130
+    print(f"{store.device_name(device)}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")
+    for i, case in enumerate(cases, 1):
+        print(f"[{i}/{len(cases)}] {case}", flush=True)
+        rows = measure(case, providers, device, seconds)
+        results.rows |= {(row.case, row.provider): row for row in rows}
+        results.write(out)
+        for line in report.lines_of(results, case):
+            print("  " + "  ".join(filter(None, line[:-1] if line[1] else line)), flush=True)
 
     report.write_page(results, out)
     if args.into is not None:
         link = Path(os.path.relpath(out.resolve(), args.into.resolve().parent)).as_posix()
         text = args.into.read_text(encoding="utf-8")
-        store.write_whole(args.into, report.put_between(text, report.summary(results, link)))
-    slower = report.slower_than_torch(results)
-    print(
-        "\n".join([report.in_short(results), f"slower than torch.nn: {len(slower)}", *slower[:10]])
-    )
-    print(f"written: {out / report.PAGE} and {store.JSON}")
-    for row in results.rows.values():
-        if row.status in (WRONG, CRASHED):
-            print(f"{row.case} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)
-            status = status or int(row.provider in OURS)
-    return status
+        args.into.write_text(report.put_between(text, report.summary(results, link)))
+    print(report.in_short(results), f"written: {out / report.PAGE} and {store.JSON}", sep="\n")
+    failed = [row for row in results.rows.values() if row.status in (WRONG, CRASHED)]
+    for row in failed:
+        print(f"{row.case} {row.provider}: {row.status}: {row.reason}", file=sys.stderr)
+    return int(any(row.provider in OURS for row in failed))
 
 
 def show_comparison(paths: Sequence[Path]) -> int:
     before, after = (Results.read(path) for path in paths)
-    for name in before.header.differences(after.header):
-        print(f"another {name}: {getattr(before.header, name)}, now {getattr(after.header, name)}")
+    print(f"{before}\n{after}")
     if not before.rows.keys() & after.rows.keys():
         raise BenchError(f"{paths[0]} and {paths[1]} have no case and provider in common")
     slower, faster = store.compare(before, after)
@@ -141,23 +98,40 @@ def show_comparison(paths: Sequence[Path]) -> int:
     return 1 if slower else 0
 
 
-def accept(args: argparse.Namespace) -> int:
+def run_gpu_tests() -> int:
     if not torch.cuda.is_available():
         raise BenchError("--accept needs a GPU, and PyTorch finds none here")
-    if subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=store.ROOT).returncode:
-        print("the GPU's tests failed: nothing was timed", file=sys.stderr)
-        return 1
-    args.providers = args.providers or ["auto", "torch.nn"]
-    return benchmark(args)
+    return subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=store.ROOT).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = Parser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, known = parser.add_argument, list(PROVIDERS)
+    named = f"sets ({', '.join(sets(False))}) or cases, as {EXAMPLE}"
+    where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
+    add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
+    add("--cases", nargs="+", metavar="NAME", help=named)
+    who = f"of {', '.join(known)} (default {', '.join(DEFAULT)})"
+    add("--providers", nargs="+", choices=known, metavar="NAME", help=who)
+    add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")
+    add("--out", type=Path, metavar="DIR", help=where)
+    add("--into", type=Path, metavar="FILE", help="write a summary into FILE, between its marks")
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="show what got slower")
+    add("--accept", action="store_true", help="run the GPU's tests, then compare with cuDNN")
     args = parser.parse_args(argv)
     try:
         if args.compare:
             return show_comparison(args.compare)
-        return accept(args) if args.accept else benchmark(args)
+        if args.accept and run_gpu_tests():
+            print("the GPU's tests failed: nothing was timed", file=sys.stderr)
+            return 1
+        return benchmark(args)
+    except KeyboardInterrupt:
+        return 130
     except BenchError as error:
         parser.error(str(error))
     except OSError as error:

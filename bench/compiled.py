@@ -1,20 +1,14 @@
 """The compiled kernels, examined without a GPU: python -m bench.compiled
 
 For each cell, dtype and hidden size this takes the plan that the library itself takes on a chip,
-compiles exactly what both passes of a layer would launch there, and reads the machine code. The
-kernels are compiled by the library's own launchers with the launch left out, so that nothing
-about their arguments or options is repeated here.
+has the library's own launchers compile what both passes would launch there, and reads the machine
+code. bench/README.md says how to read the table.
 
 A kernel is resident if W_hh is read from device memory before the time loop and nowhere else, into
-registers or shared memory, and no register is spilled. Exit status: 1 if the library would run a
-kernel that is not resident.
-
-Times are the model of `lower_bound`, not measured. dtype float32 lets products be rounded to
-tf32, float32-ieee does not (three tf32 products each).
+registers or shared memory, and no register is spilled. Exit status: 1 if one is not.
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -23,35 +17,28 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from rnn.cells import CELLS
-from rnn.kernels.chips import CHIPS, Chip
+from rnn.kernels.chips import CHIPS
 from rnn.kernels.hopper_plan import HopperPlan
 from rnn.kernels.layout import Inputs
 from rnn.kernels.limits import Layer, NoPlan, Plan
 from rnn.kernels.plan import PortablePlan, plan
 
-from .machine_code import WEIGHTS, CodeLoop, IrLoop, parse_code, parse_resources, parse_ttgir
+from .cases import DTYPES
+from .machine_code import WEIGHTS, CodeLoop, parse_code, parse_resources, parse_ttgir
 from .report import table
 
-DTYPES = {  # name: dtype, whether products may be rounded to tf32
-    "bfloat16": (torch.bfloat16, True),
-    "float16": (torch.float16, True),
-    "float32": (torch.float32, True),
-    "float32-ieee": (torch.float32, False),
-}
 LENGTHS = ("equal", "padded", "packed")
 ON_CHIP = {"registers", "shared memory", "tensor memory"}
-L2_TRIPS = 3  # of a sliced step: the signal, the wait and the gathering
 
 Row = dict[str, Any]  # a line of the table, by column
 
@@ -69,7 +56,7 @@ class Job(NamedTuple):
     def plan(self) -> Plan | NoPlan:
         cell = CELLS[self.cell]
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        dtype, tf32 = DTYPES[self.dtype]
+        dtype, tf32, _ = DTYPES[self.dtype]
         layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
         return plan(layer, CHIPS[self.target].limits())
 
@@ -77,33 +64,22 @@ class Job(NamedTuple):
 # ------------------------------------------------------------------------------- compilation
 
 
-class AbsentDevice:
+def absent_device(target: str) -> Any:
     """As much of a Triton driver as compiling asks for."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.name = target
-        if target.startswith("sm_"):
-            self.target = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-        else:
-            self.target = GPUTarget("hip", target, 64)
-
-    def get_current_device(self) -> str:
-        return self.name  # the key of each kernel's cache: targets must not share one
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    return SimpleNamespace(
+        get_current_device=lambda: target,  # the key of a kernel's cache: targets share none
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: gpu,
+    )
 
 
 def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
-    """Call `call`, compiling each kernel that it would launch on the target instead of launching.
-
-    Returns the compiled kernel, or the exception that the compiler raised, by kernel name.
-    """
+    """Compile each kernel that `call` would launch on the target, and launch none. Returns the
+    compiled kernel, or the exception that the compiler raised, by kernel name."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -117,7 +93,7 @@ def compile_launches(target: str, call: Callable, *args: Any) -> dict[str, Any]:
             result = error
         compiled[kernel.fn.__name__] = result
 
-    driver.set_active(AbsentDevice(target))
+    driver.set_active(absent_device(target))
     with mock.patch.object(JITFunction, "run", compile_only):
         call(*args)
     return compiled
@@ -128,7 +104,7 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     from rnn.kernels import launch
 
     cell, B, H = CELLS[job.cell], job.batch, job.H
-    dtype, _ = DTYPES[job.dtype]
+    dtype = DTYPES[job.dtype].torch
     steps = (T * B,) if job.lengths == "packed" else (T, B)
     inputs = Inputs(
         torch.zeros(*steps, cell.gates * H, dtype=dtype),
@@ -140,18 +116,9 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     )
     output, state_n, stored = launch.forward(planned, cell, inputs, save=True)
     d_state_n = tuple(torch.zeros_like(state) for state in state_n)
-    launch.backward(
-        planned,
-        cell,
-        inputs,
-        output,
-        stored,
-        torch.zeros_like(output),
-        d_state_n,
-        need_d_x_gates=True,
-        need_d_state0=True,
-        need_d_params=True,
-    )
+    given = output, stored, torch.zeros_like(output), d_state_n
+    needed = True, True, True
+    launch.backward(planned, cell, inputs, *given, *needed)
 
 
 # ----------------------------------------------------------------------------------- figures
@@ -179,39 +146,6 @@ def read_code(compiled: Any) -> tuple[CodeLoop, tuple[int, int]]:
     return parse_code(sass), parse_resources(usage)
 
 
-def lower_bound(
-    chip: Chip, by_l2: bool, num_warps: int, ir: IrLoop, code: CodeLoop
-) -> tuple[float, str]:
-    """The time in ns that an iteration cannot come below on the chip, and why; a model, not
-    measured.
-
-    Each term takes one resource of the SM at its peak rate, as if nothing waited for anything:
-    shared memory, from which each operand of a product comes once; the matrix unit; the issue
-    slots; and the trips to L2 that exchange the state. The largest is the bound. Latencies of
-    dependent instructions are left out, so that a real step takes longer, often by a factor.
-    """
-    clocks = {
-        "SRAM": ir.shared_bytes / chip.sram_rate,
-        "tensor": ir.multiply_adds / (chip.tf32_rate if ir.bits == 32 else chip.bf16_rate),
-        "issue": code.issued * num_warps / chip.issue_rate,
-        "L2": L2_TRIPS * chip.l2_trip if by_l2 else 0.0,
-    }
-    bound, name = max((value, name) for name, value in clocks.items())
-    return bound / chip.clock, name
-
-
-def per_step(figures: Any, steps: int) -> Any:
-    """The figures of one of the steps of an iteration, rounded up: a read of W_hh that several
-    share is one still."""
-    return figures._replace(
-        **{
-            name: -(-figure // steps)
-            for name, figure in figures._asdict().items()
-            if isinstance(figure, int) and name != "bits"
-        }
-    )
-
-
 def judge(row: Row, sram_limit: int) -> str:
     """ "resident", or the reason why not."""
     if row["loads"][WEIGHTS]:
@@ -235,46 +169,42 @@ def shape_of(planned: Plan, kernel: str) -> tuple[int, int, int]:
     return planned.slices, planned.block_s, steps
 
 
-def figures(chip: Chip, planned: Plan, kernel: str, compiled: Any) -> Row:
+def figures(target: str, planned: Plan, kernel: str, compiled: Any) -> Row:
     blocks, units, steps = shape_of(planned, kernel)
-    ir = per_step(parse_ttgir(compiled.asm["ttgir"]), steps)
+    ir = parse_ttgir(compiled.asm["ttgir"])
     code, (registers, spilled) = read_code(compiled)
-    code = per_step(code, steps)
-    loads = {name: -(-n // steps) for name, n in Counter(ir.loads).items()}
-    warps = compiled.metadata.num_warps
-    by_l2 = isinstance(planned, PortablePlan) and blocks > 1
-    bound, name = lower_bound(chip, by_l2, warps, ir, code)
+
+    def per_step(number: int) -> int:  # rounded up: a read of W_hh that several share is one still
+        return -(-number // steps)
+
     row = {
         "engine": "Hopper" if isinstance(planned, HopperPlan) else "portable",
         "blocks": blocks,
         "steps": steps,
         "tile": f"{units}x{planned.block_b}",
-        "warps": warps,
+        "warps": compiled.metadata.num_warps,
         "regs": registers,
         "spill_B": spilled,
         "SRAM_B": compiled.metadata.shared,
         "W_hh_in": ir.weights_in,
-        "loads": Counter(loads),
-        "instr": code.instructions,
-        "mma": code.matrix,
-        "bar": code.barriers,
-        "sent_B": ir.sent_bytes,
-        "spill_instr": code.spills,
-        "bound_ns": bound,
-        "by": name,
+        "loads": Counter({name: per_step(n) for name, n in Counter(ir.loads).items()}),
+        "instr": per_step(code.instructions),
+        "mma": per_step(code.matrix),
+        "bar": per_step(code.barriers),
+        "sent_B": per_step(ir.sent_bytes),
+        "spill_instr": per_step(code.spills),
     }
-    return row | {"verdict": judge(row, chip.sram)}
+    return row | {"verdict": judge(row, CHIPS[target].sram)}
 
 
-def rows_of(job: Job, **changes: Any) -> list[Row]:
-    """One row for each kernel, with what `changes` says instead of the plan's."""
+def rows_of(job: Job) -> list[Row]:
+    """One row for each kernel."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # nothing to do here
     torch.set_num_threads(1)
     head = {"kernel": "both", **job._asdict()}
     planned = job.plan()
     if isinstance(planned, NoPlan):
         return [head | {"verdict": f"torch: {planned.why}"}]
-    planned = dataclasses.replace(planned, **changes)
     rows = []
     for name, kernel in compile_launches(job.target, training_step, job, planned).items():
         row = head | {"kernel": name.removesuffix("_kernel")}
@@ -282,43 +212,34 @@ def rows_of(job: Job, **changes: Any) -> list[Row]:
             reason = f"{type(kernel).__name__}: {kernel}".splitlines()[0]
             row["verdict"] = f"this Triton cannot compile it: {reason}"
         else:
-            row |= figures(CHIPS[job.target], planned, row["kernel"], kernel)
+            row |= figures(job.target, planned, row["kernel"], kernel)
         rows.append(row)
     return rows
 
 
 def rows_of_all(jobs: list[Job]) -> list[Row]:
     """rows_of each job, side by side. Shows on stderr how far it has come."""
-    rows: dict[Job, list[Row]] = {}
-
-    def run(some: list[Job], workers: int | None) -> None:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for job, future in [(job, pool.submit(rows_of, job)) for job in some]:
-                with suppress(BrokenProcessPool):
-                    rows[job] = future.result()
-                    print(f"\r{len(rows)} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-
-    run(jobs, os.cpu_count())
-    for job in [job for job in jobs if job not in rows]:
-        # Where the compiler aborts it takes the whole pool with it; alone, each shows its own.
-        run([job], 1)
-        rows.setdefault(job, [{**job._asdict(), "verdict": "compiler aborted"}])
+    rows: list[Row] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for i, some in enumerate(pool.map(rows_of, jobs), 1):
+            rows += some
+            print(f"\r{i} of {len(jobs)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return [row for job in jobs for row in rows[job]]
+    return rows
 
 
 # ------------------------------------------------------------------------------------ output
 
 COLUMNS = (
     "cell kernel dtype H lengths engine blocks steps tile warps regs spill_B SRAM_B W_hh_in loads "
-    "instr mma bar sent_B bound_ns by verdict"
+    "instr mma bar sent_B verdict"
 ).split()
 
 
 def text(figure: Any) -> str:
     if isinstance(figure, Counter):
         return ", ".join(f"{n} {name}" if n > 1 else name for name, n in figure.items())
-    return f"{figure:.0f}" if isinstance(figure, float) else str(figure)
+    return str(figure)
 
 
 def main() -> int:
@@ -333,7 +254,7 @@ def main() -> int:
 
     choose("--target", list(CHIPS), ["sm_80", "sm_90", "sm_100", "gfx942"])
     choose("--cell", list(CELLS), list(CELLS))
-    choose("--dtype", list(DTYPES), ["bfloat16", "float32", "float32-ieee"])
+    choose("--dtype", ["bfloat16", "float16", "tf32", "float32"], ["bfloat16", "tf32", "float32"])
     choose("--lengths", LENGTHS, ["equal"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256], metavar="H")
     parser.add_argument("--batch", type=int, default=16, metavar="B", help="rows (default 16)")
@@ -344,14 +265,10 @@ def main() -> int:
     axes = args.target, args.cell, args.hidden, args.dtype, args.lengths
     rows = rows_of_all([Job(*case, args.batch) for case in product(*axes)])
     print(f"Triton {triton.__version__}, torch {torch.__version__}.")
-    print("Figures of one block and time step; instr, mma and bar of one warp.")
-    print("steps: of time, in one iteration of the loop.")
-    print("bound_ns: a lower bound by the model, not measured.")
     for target in args.target:
         chip = CHIPS[target]
-        print(f"\n{target}: {chip.name}, {chip.sms} SMs at {chip.clock} GHz, {chip.sram} B of SRAM")
+        print(f"\n{target}: {chip.name}, {chip.sms} SMs, {chip.sram} B of SRAM\n")
         here = [row for row in rows if row["target"] == target]
-        print()
         print(table(COLUMNS, [[text(row.get(name, "")) for name in COLUMNS] for row in here]))
     ours = [row for row in rows if not row["verdict"].startswith("torch: ")]
     resident = sum(row["verdict"] == "resident" for row in ours)

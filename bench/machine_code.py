@@ -6,6 +6,8 @@ is one time step or a few.
 
 import math
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WEIGHTS = "weight_hh"
@@ -17,15 +19,25 @@ LOAD = re.compile(
     r"|amd\w*\.buffer_(load|atomic)\w*|ttn?g\.async_(tma_)?copy_global_to_local)\b"
     r"|tt\.elementwise_inline_asm \"[^\"]*\bld\.global\b"
 )
-ASSEMBLER = re.compile(r'"[^"]*" \{[^}]*\}')  # of an operation, with its attributes
 DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)(?=\s)")
-VALUE = re.compile(r"%[\w.$-]+(?:#\d+)?")
+STORE = re.compile(  # of the first operand into the second, a buffer
+    r"(ttg\.(local_store|async_copy_global_to_local)|ttng\.(tmem_store|async_shared_store))\b"
+)
+BUFFERS = {"ttg.local_alloc": "shared memory", "ttng.tmem_alloc": "tensor memory"}
+TO_REGISTERS = ("ttg.local_load", "ttng.tmem_load")
+VALUE = re.compile(r"(%[\w.$-]+)(#\d+)?")
+ASSEMBLER = re.compile(r'"[^"]*" \{[^}]*\}')  # of an operation, with its attributes
 OPERAND = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)[a-z]+(\d+)")  # its shape, bits of an element
 
 
-class Value(NamedTuple):
-    argument: str = ""  # the kernel's argument that it comes from
-    place: str = ""  # where its elements lie
+@dataclass(eq=False)
+class Node:
+    """An operation, one of the values that a loop carries, or an argument of the kernel."""
+
+    operation: str
+    line: int
+    sources: list["Node"] = field(default_factory=list)  # what it is made of
+    arguments: set[str] = field(default_factory=set)  # of the kernel, that it points into
 
 
 class IrLoop(NamedTuple):
@@ -33,103 +45,122 @@ class IrLoop(NamedTuple):
 
     loads: list[str]  # the arguments that are read from device memory, one entry a load
     weights_in: str  # where the products of the loop find W_hh
-    multiply_adds: int  # of the products
-    shared_bytes: int  # of their operands that lie in shared memory: each W_hh is read once, by
-    # whatever number of products
-    bits: int  # of an operand's element
     sent_bytes: int  # into the shared memory of the cluster's CTAs, by each
 
 
 def parse_ttgir(text: str) -> IrLoop:
-    """Find the time loop (the outermost loop that holds a product) and what is in it.
-
-    Raises ValueError where there is none.
-    """
-    lines = [line.split(" loc(")[0].strip() for line in text.splitlines()]
-    start, end = time_loop(lines)
-    found = re.search(r'"ttg.num-ctas" = (\d+)', text)
-    ctas = int(found[1]) if found else 1  # of a cluster: a product has the rows of all
-    values: dict[str, Value] = {}  # what is known of each name
-    loads, places, read = [], set(), set()
-    multiply_adds = shared_bytes = bits = sent_bytes = 0
-
-    for number, (line, full_line) in enumerate(zip(lines, text.splitlines())):
-        inside = start < number < end
-        if line.startswith("tt.func"):
-            for name in re.findall(r"%(\w+): ", full_line):
-                values["%" + name] = Value(name.removesuffix("_ptr"))
-            continue
-        results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        names = VALUE.findall(ASSEMBLER.sub("", operation).partition(" : ")[0])
-        if operation.startswith("scf.for"):  # what it carries begins as what comes in
-            carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", operation.partition("iter_args")[2])
-            values |= {name: values.get(initial, Value()) for name, initial in carried}
-            names = [initial for _, initial in carried]
-        operands = [values.get(name, Value()) for name in names]
-
-        if LOAD.match(operation):
-            argument = operands[0].argument
-            operands = [Value(argument, "device memory" if inside else "registers")]
-            if inside:
-                loads.append(argument)
-        elif DOT.match(operation):
-            if inside:
-                left, right = OPERAND.findall(operation.partition(" : ")[2])[:2]
-                *batch, rows, depth = map(int, left[0].split("x")[:-1])
-                rows //= ctas
-                columns, bits = int(right[0].split("x")[-2]), int(left[1])
-                depth *= math.prod(batch)  # of several products at once
-                multiply_adds += rows * columns * depth
-                places |= {v.place for v in operands[:2] if v.argument == WEIGHTS}
-                reads_left = operands[0].place == "shared memory" and names[0] not in read
-                read.add(names[0])
-                in_shared = rows * reads_left + columns
-                shared_bytes += in_shared * depth * bits // 8
-            operands = []
-        elif operands and operation.startswith(("ttg.local_alloc", "ttng.tmem_alloc")):
-            where = "shared" if operation.startswith("ttg.") else "tensor"
-            operands = [operands[0]._replace(place=f"{where} memory")]
-        elif operands and operation.startswith(("ttg.local_load", "ttng.tmem_load")):
-            if not inside:
-                operands[0] = operands[0]._replace(place="registers")
-        elif operands and operation.startswith("ttg.local_store"):
-            if operands[0].argument == WEIGHTS:
-                values[names[1]] = operands[0]._replace(place="shared memory")
-        elif inside and operation.startswith("ttng.async_shared_store"):
-            shape, size = OPERAND.findall(operation.partition(" : ")[2])[0]
-            sent_bytes += math.prod(map(int, shape.split("x")[:-1])) // ctas * int(size) // 8
-        elif operation.startswith("arith.select"):  # the first value chooses among the others
-            operands = operands[1:]
-        if ":" not in results:  # made of several values, W_hh perhaps not the first
-            operands.sort(key=lambda value: value.argument != WEIGHTS)
-        name, _, count = results.partition(":")
-        for i, value in enumerate(operands[: int(count or 1)]):
-            values[f"{name}#{i}" if count else name] = value
-
-    return IrLoop(
-        loads=loads,
-        weights_in=" and ".join(sorted(places)) or "not found",
-        multiply_adds=multiply_adds,
-        shared_bytes=shared_bytes,
-        bits=bits,
-        sent_bytes=sent_bytes,
-    )
-
-
-def time_loop(lines: list[str]) -> tuple[int, int]:
-    """First and last line of the longest outermost loop that holds a product."""
-    loops, depth, start, floor = [], 0, None, 0
-    for number, line in enumerate(lines):
-        if start is None and re.search(r"\bscf\.(for|while)\b", line):
-            start, floor = number, depth
-        depth += line.count("{") - line.count("}")
-        if start is not None and depth == floor and number > start:
-            if any(DOT.search(inner) for inner in lines[start:number]):
-                loops.append((start, number))
-            start = None
+    """Find the time loop and what is in it. Raises ValueError where there is none."""
+    nodes, loops = graph(text)
+    dots = [node.line for node in nodes if DOT.match(node.operation)]
+    loops = [(start, end) for start, end in loops if any(start < dot < end for dot in dots)]
     if not loops:
         raise ValueError("no loop with a matrix product in the ttgir")
-    return max(loops, key=lambda loop: loop[1] - loop[0])
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    found = re.search(r'"ttg.num-ctas" = (\d+)', text)
+    ctas = int(found[1]) if found else 1  # of a cluster: a shape is that of all
+    loads: list[str] = []
+    places: set[str] = set()
+    sent_bytes = 0
+    for node in nodes:
+        if not start < node.line < end:
+            continue
+        if LOAD.match(node.operation):
+            loads.append("/".join(sorted(node.sources[0].arguments)))
+        elif DOT.match(node.operation):
+            for operand in node.sources[:2]:
+                places.update(places_of_weights(operand, start, end))
+        elif node.operation.startswith("ttng.async_shared_store"):
+            shape, size = OPERAND.findall(node.operation.partition(" : ")[2])[0]
+            sent_bytes += math.prod(map(int, shape.split("x")[:-1])) // ctas * int(size) // 8
+    return IrLoop(loads, " and ".join(sorted(places)) or "not found", sent_bytes)
+
+
+class Region(NamedTuple):
+    line: int  # where it begins
+    is_loop: bool
+    targets: list[list[Node]]  # what a yield gives a value to
+
+
+def graph(text: str) -> tuple[list[Node], list[tuple[int, int]]]:
+    """All operations in their order, each with what it is made of, and the lines of the outermost
+    loops. A buffer is made of all that is stored into it, and what a loop or a branch hands out of
+    all that it may be."""
+    known: dict[str, Node] = {}
+    operations: list[Node] = []
+    loops: list[tuple[int, int]] = []
+    regions: list[Region] = []  # that are open
+    for number, full_line in enumerate(text.splitlines()):
+        line = full_line.split(" loc(")[0].strip()
+        if line.startswith("tt.func"):
+            for name in re.findall(r"(%[\w.]+): !tt\.ptr", full_line):
+                argument = re.sub(r"_ptrs?([._]\d+)?$", "", name[1:])
+                known[name] = Node("argument", number, arguments={argument})
+        results, _, operation = line.partition(" = ") if line.startswith("%") else ("", "", line)
+        called = ASSEMBLER.sub("", operation).partition(" : ")[0]
+        carried = []
+        if operation.startswith("scf."):
+            carried = re.findall(r"(%[\w.$-]+) = (%[\w.$#-]+)", called.partition("(")[2])
+        names = [initial for _, initial in carried] or ["".join(v) for v in VALUE.findall(called)]
+        node = Node(operation, number, [known.get(n) or Node("?", number) for n in names])
+        operations.append(node)
+        if not LOAD.match(operation):
+            node.arguments.update(*(source.arguments for source in node.sources))
+        given = [
+            f"{name}#{i}" if count else name
+            for name, count in re.findall(r"(%[\w.$-]+)(?::(\d+))?", results)
+            for i in range(int(count or 1))
+        ]
+        if operation.startswith("scf.yield"):
+            for source, targets in zip(node.sources, zip(*regions[-1].targets)):
+                for target in targets:
+                    target.sources.append(source)
+                    target.arguments |= source.arguments
+        known |= dict.fromkeys(given, node)
+        if operation.startswith("}"):
+            ended = regions.pop()
+            if ended.is_loop and not any(region.is_loop for region in regions):
+                loops.append((ended.line, number))
+        if full_line.endswith("{"):
+            opened = [
+                [Node("carried", number, [s], set(s.arguments)) for s in node.sources] for _ in "ab"
+            ]
+            if not carried:  # a branch, which hands out what it yields
+                opened = [[Node("branch", number) for _ in given]]
+            if operation.startswith("}"):  # else
+                opened = ended.targets
+            elif operation.startswith("scf."):
+                known |= dict(zip(given, opened[0]))
+                known |= dict(zip((name for name, _ in carried), opened[-1]))
+            is_loop = operation.startswith(("scf.for", "scf.while", "} do"))
+            regions.append(Region(number, is_loop, opened))
+        if STORE.match(operation):
+            buffer = node.sources[1]
+            while not buffer.operation.startswith(tuple(BUFFERS)):  # it is seen through views
+                buffer = buffer.sources[0]
+            buffer.sources.append(node)
+    return operations, loops
+
+
+def places_of_weights(operand: Node, start: int, end: int) -> Iterator[str]:
+    """Where a product within these lines finds W_hh: from its operand back to the loads."""
+    seen: set[tuple[Node, str]] = set()
+    todo = [(operand, "")]
+    while todo:
+        node, place = todo.pop()
+        if (node, place) in seen or DOT.match(node.operation):  # made of W_hh, but not W_hh
+            continue
+        seen.add((node, place))
+        inside = start < node.line < end
+        name = node.operation.partition(" ")[0]
+        if LOAD.match(node.operation):
+            if WEIGHTS in node.sources[0].arguments:
+                yield "device memory" if inside else place or "registers"
+            continue
+        if name in BUFFERS:
+            place = place or BUFFERS[name]
+        elif name in TO_REGISTERS and not inside:
+            place = place or "registers"
+        todo += [(source, place) for source in node.sources]
 
 
 # ------------------------------------------------------------------------------ machine code
@@ -145,7 +176,6 @@ class CodeLoop(NamedTuple):
     """The time loop as the machine has it, for one warp (AMD: wave)."""
 
     instructions: int
-    issued: int  # those that take an issue slot of chips.Chip.issue_rate
     matrix: int  # matrix instructions
     barriers: int
     spills: int  # loads and stores of spilled registers
@@ -153,7 +183,6 @@ class CodeLoop(NamedTuple):
 
 SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*(.*)")
 AMDGCN = re.compile(r"\s+()((?:[sv]|ds|buffer|global|flat|scratch)_\w+)\s*(\S*)")
-ISSUED = re.compile(r"[A-Z]|v_")
 MATRIX = re.compile(r"[A-Z]*MMA\b|v_mfma|v_smfmac|v_wmma")
 BARRIER = re.compile(r"BAR\.|s_barrier")
 SPILL = re.compile(r"(LDL|STL)\b|scratch_")
@@ -175,8 +204,8 @@ def parse_code(text: str) -> CodeLoop:
                 Instruction(name, target[0] if target else "", bool(predicate or not always))
             )
     names = [code[i].name for i in code_loop(code, labels)]
-    kinds = (re.compile(""), ISSUED, MATRIX, BARRIER, SPILL)
-    return CodeLoop(*(sum(bool(kind.match(name)) for name in names) for kind in kinds))
+    kinds = (MATRIX, BARRIER, SPILL)
+    return CodeLoop(len(names), *(sum(bool(kind.match(name)) for name in names) for kind in kinds))
 
 
 def code_loop(code: list[Instruction], labels: dict[str, int]) -> set[int]:

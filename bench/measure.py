@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, TWINS, Case
-from .providers import PROVIDERS, CannotError, Model, Weights, build_torch_nn
+from rnn.cells import CELLS
+
+from .cases import DTYPES, Case
+from .providers import PROVIDERS, CannotError, Model, Weights, build_loop, construct
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 FIGURES = ("forward", "backward", "step")
@@ -99,18 +101,15 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Seeded; the weights as torch.nn initialises them, all rounded to the dtype of the case."""
+    """Seeded; the weights as the modules initialise them, all rounded to the dtype of the case."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = TWINS[case.cell].network(
-            case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional
-        )
+        weights = construct(case).state_dict()
         x = torch.randn(case.T, case.B, case.I)
-        D = 2 if case.bidirectional else 1
-        states = 2 if isinstance(module, torch.nn.LSTM) else 1
-        d_results = [torch.randn(case.T, case.B, D * case.H)]
-        d_results += [torch.randn(case.layers * D, case.B, case.H) for _ in range(states)]
-    return Problem(x, module.state_dict(), d_results).to(device, DTYPES[case.dtype].torch)
+        last = case.layers * case.directions, case.B, case.H
+        d_results = [torch.randn(case.T, case.B, case.directions * case.H)]
+        d_results += [torch.randn(last) for _ in range(CELLS[case.cell].states)]
+    return Problem(x, weights, d_results).to(device, DTYPES[case.dtype].torch)
 
 
 def results_and_gradients(model: Model, p: Problem) -> list[Tensor]:
@@ -132,13 +131,13 @@ def error_of(got: Tensor, exact: Tensor, norm: float) -> float:
 def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Model]:
     """The models that may be timed; the rows of the others say why they may not.
 
-    The exact values are those of torch.nn in float64 on the CPU, from the same numbers. Allowed is
-    twice the error of torch.nn in the dtype of the case, which is run for that even if nobody
+    The exact values are those of the equation in float64 on the CPU, from the same numbers. Allowed
+    is twice the error of torch.nn in the dtype of the case, which is run for that even if nobody
     asked for it, plus a floor.
     """
     doubles = p.to(torch.device("cpu"), torch.float64)
-    exact = results_and_gradients(build_torch_nn(case, doubles.weights), doubles)
-    names = ["output", *["h_n", "c_n"][: len(p.d_results) - 1], "d_x"]
+    exact = results_and_gradients(build_loop(case, doubles.weights), doubles)
+    names = ["output", *(f"state {s}" for s in range(len(p.d_results) - 1)), "d_x"]
     names += [f"d_{name}" for name in p.weights]
     # The largest error, but at relu's kink rounding decides between a gradient and none.
     norm = 2.0 if case.cell == "rnn_relu" else math.inf
@@ -147,7 +146,7 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     for provider in sorted({"torch.nn", *rows}, key=lambda name: name != "torch.nn"):
         row = rows.get(provider, Row(str(case), provider))
         with reported(row):
-            model = PROVIDERS[provider].build(case, p.weights)
+            model = PROVIDERS[provider](case, p.weights)
             row.ran = model.ran
             got = results_and_gradients(model, p)
             errors = [error_of(*pair, norm) for pair in zip(got, exact, strict=True)]

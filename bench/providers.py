@@ -2,10 +2,6 @@
 
 All get the padded input (T, B, I), start from zero states and return the padded output and the
 last states, so that packing, padding and input projections count for all of them.
-
-`auto`, `torch-path` and `torch.nn` can run every case, `eager` and `flashrnn` one layer in one
-direction. Haste (lmnt-com/haste) is not here: it does not compile with today's PyTorch (2.13),
-which no longer has the C++ functions that it calls.
 """
 
 import importlib.util
@@ -18,9 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn
+from rnn.cells import CELLS
+from rnn.layer import Spec, plain
 from rnn.modules import MODULES
 
-from .cases import TWINS, Case
+from .cases import Case
 
 Weights = dict[str, Tensor]  # a state_dict of torch.nn
 Results = tuple[Tensor, ...]  # output (T, B, D * H), then each last state (L * D, B, H)
@@ -36,24 +34,15 @@ class CannotError(Exception):
     """A provider cannot run a case; the message says why."""
 
 
-class Provider(NamedTuple):
-    about: str
-    build: Callable[[Case, Weights], Model]  # raises CannotError
-
-
-def construct(network: Callable[..., Any], case: Case, weights: Weights, **options: Any) -> Any:
-    """A network of torch.nn or of ours, with those weights, where they lie and in their dtype."""
-    like = weights["weight_ih_l0"]
-    module = network(
-        case.I,
-        case.H,
-        num_layers=case.layers,
-        bidirectional=case.bidirectional,
-        device=like.device,
-        dtype=like.dtype,
-        **options,
-    )
-    module.load_state_dict(weights)
+def construct(case: Case, weights: Weights | None = None, **options: Any) -> Any:
+    """This library's module; of those weights, where they lie and in their dtype."""
+    if weights:
+        like = weights["weight_ih_l0"]
+        options |= {"device": like.device, "dtype": like.dtype}
+    options |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
+    module = MODULES[case.cell](case.I, case.H, **options)
+    if weights:
+        module.load_state_dict(weights)
     return module
 
 
@@ -63,7 +52,7 @@ def flat(output: Tensor, states: Tensor | tuple[Tensor, ...]) -> Results:
 
 def build_ours(backend: str) -> Callable[[Case, Weights], Model]:
     def build(case: Case, weights: Weights) -> Model:
-        module = construct(MODULES[case.cell], case, weights, backend=backend)
+        module = construct(case, weights, backend=backend)
         x = weights["weight_ih_l0"].new_empty(case.T, case.B, case.I)
         lengths = case.lengths()
         lengths = None if lengths is None else lengths.to(x.device)
@@ -74,7 +63,9 @@ def build_ours(backend: str) -> Callable[[Case, Weights], Model]:
 
 
 def build_torch_nn(case: Case, weights: Weights) -> Model:
-    module = construct(TWINS[case.cell].network, case, weights)
+    module = construct(case, weights)
+    if not all(found.now.startswith("torch.nn.") for found in rnn.convert(module, to="torch")):
+        raise CannotError(f"torch.nn has no {case.cell}")
     lengths = case.lengths()  # pack_padded_sequence wants them on the CPU
 
     def forward(x: Tensor) -> Results:
@@ -86,55 +77,49 @@ def build_torch_nn(case: Case, weights: Weights) -> Model:
     return Model(forward, list(module.parameters()))
 
 
-def one_layer(case: Case) -> None:
-    if case.layers > 1 or case.bidirectional or case.packed:
-        raise CannotError("it is one layer, in one direction, of rows of equal length")
-
-
-def build_eager(case: Case, weights: Weights) -> Model:
-    """The loop that one writes by hand over torch.nn's single steps."""
-    one_layer(case)
-    like = weights["weight_ih_l0"]
-    step: Any = TWINS[case.cell].step(case.I, case.H, device=like.device, dtype=like.dtype)
-    step.load_state_dict({name.removesuffix("_l0"): w for name, w in weights.items()})
+def build_loop(case: Case, weights: Weights, layer: Callable[..., Results] = plain) -> Model:
+    """The equation, step by step; also what is right, in float64."""
+    leaves = [w.detach().requires_grad_() for w in weights.values()]
+    lengths, D = case.lengths(), case.directions
+    lengths = None if lengths is None else lengths.to(leaves[0].device)
+    each = len(leaves) // case.layers
 
     def forward(x: Tensor) -> Results:
-        state, hidden = None, []
-        for x_t in x.unbind(0):
-            state = step(x_t, state)
-            hidden.append(state[0] if isinstance(state, tuple) else state)
-        last = state if isinstance(state, tuple) else (state,)
-        return (torch.stack(hidden), *(s.unsqueeze(0) for s in last))
+        state0 = [x.new_zeros(D, case.B, case.H)] * CELLS[case.cell].states
+        states = []
+        for i in range(case.layers):
+            own = leaves[i * each : (i + 1) * each]
+            x, *last = layer(Spec(case.cell, D), x, lengths, *state0, *own)
+            states.append(last)
+        return (x, *(torch.cat(s) for s in zip(*states)))
 
-    return Model(forward, list(step.parameters()))
+    return Model(forward, leaves)
 
 
-FLASHRNN = {"rnn_tanh": "elman", "gru": "gru", "lstm": "lstm"}
+def build_compiled(case: Case, weights: Weights) -> Model:
+    if case.T > 64:
+        raise CannotError("torch.compile unrolls the loop: minutes for more than 64 steps")
+    return build_loop(case, weights, torch.compile(plain))
+
+
+FLASHRNN = {"rnn_tanh": "elman", "lstm": "lstm"}  # its GRU has gates and biases of its own
 
 
 def build_flashrnn(case: Case, weights: Weights) -> Model:
-    """NX-AI/flashrnn 1.0 with one head. It takes W_ih x (B, T, gates, heads, H), W_hh and one bias
-    for each gate; its GRU has the gates n, r, z in W_hh and four biases: b_hn, r, z, b_in."""
-    if importlib.util.find_spec("flashrnn") is None:
-        raise CannotError("flashrnn is not installed")
-    if case.cell not in FLASHRNN or case.dtype == "float64":
-        raise CannotError(f"flashrnn has no {case.cell} in {case.dtype}")
-    one_layer(case)
+    """NX-AI/flashrnn 1.0 with one head: W_ih x (B, T, gates, heads, H), W_hh and one bias."""
+    deep = case.layers > 1 or case.bidirectional or case.packed
+    if case.cell not in FLASHRNN or case.dtype == "float64" or deep:
+        raise CannotError("flashrnn is one layer, in one direction, of equally long rows")
     from flashrnn import flashrnn
 
     leaves = [w.detach().requires_grad_() for w in weights.values()]
 
     def forward(x: Tensor) -> Results:
         w_ih, w_hh, b_ih, b_hh = leaves
-        bias = b_ih + b_hh
-        if case.cell == "gru":
-            H = case.H
-            w_hh = w_hh.roll(H, 0)  # r, z, n -> n, r, z
-            bias = torch.cat((b_hh[2 * H :], bias[: 2 * H], b_ih[2 * H :]))
         states, last = flashrnn(
             F.linear(x.transpose(0, 1), w_ih).unflatten(2, (-1, 1, case.H)),
             w_hh.view(-1, 1, case.H, case.H),
-            bias.view(-1, 1, case.H),
+            (b_ih + b_hh).view(-1, 1, case.H),
             function=FLASHRNN[case.cell],
             backend="cuda_fused" if x.is_cuda else "vanilla",
             dtype=str(x.dtype).removeprefix("torch."),
@@ -144,21 +129,13 @@ def build_flashrnn(case: Case, weights: Weights) -> Model:
     return Model(forward, leaves)
 
 
-PROVIDERS = {
-    "auto": Provider('this library as it comes, backend="auto"', build_ours("auto")),
-    "torch-path": Provider(
-        'this library\'s PyTorch path, backend="torch"; only where --providers names it',
-        build_ours("torch"),
-    ),
-    "torch.nn": Provider("cuDNN on a GPU, PyTorch's C++ on a CPU", build_torch_nn),
-    "eager": Provider(
-        "a Python loop over torch.nn's single steps; in 16 bits it sums the weights' gradients in "
-        "16 bits, step by step, and the check may call it wrong",
-        build_eager,
-    ),
-    "flashrnn": Provider(
-        "NX-AI/flashrnn where it is installed; on a CPU its loop in PyTorch", build_flashrnn
-    ),
+PROVIDERS: dict[str, Callable[[Case, Weights], Model]] = {  # they raise CannotError
+    "auto": build_ours("auto"),  # this library as it comes
+    "torch-path": build_ours("torch"),
+    "torch.nn": build_torch_nn,  # cuDNN on a GPU, PyTorch's C++ on a CPU
+    "flashrnn": build_flashrnn,  # on a CPU its loop in PyTorch
+    "loop": build_loop,
+    "compiled": build_compiled,
 }
 OURS = ("auto", "torch-path")
-DEFAULT = [name for name in PROVIDERS if name != "torch-path"]
+DEFAULT = ["auto", "torch.nn"] + ["flashrnn"] * (importlib.util.find_spec("flashrnn") is not None)

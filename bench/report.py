@@ -1,34 +1,19 @@
 """What is read of the results: lines of text, the page, and a README's summary."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
-from .cases import CELLS, Case
-from .measure import FIGURES, MAX_ROUNDS, MEASURED, MIN_ROUNDS
+from rnn.cells import CELLS
+
+from .cases import Case
+from .measure import FIGURES, MEASURED
 from .providers import OURS, PROVIDERS
-from .store import BenchError, Results, write_whole
+from .store import BenchError, Results
 
 PAGE = "README.md"
 MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
 
-HOW = f"""\
-All providers of a case run in one process, in turns, each round beginning with another:
-{MIN_ROUNDS} to {MAX_ROUNDS} rounds. Before, each is checked against `torch.nn` in float64 on the
-same numbers: output, last states and every gradient. One that is further off than twice `torch.nn`
-in the same dtype, plus a floor, is reported as wrong and not timed.
-
-- *forward* is without a graph, *step* is forward and backward, *backward* the second part of the
-  step. Gradients are taken of the input and of all parameters.
-- µs: the median, per time step, and in brackets the quantiles of 20 % and 80 %. A case has T x
-  layers time steps; two directions share a step. Input projections count, and so do packing and
-  padding where rows have different lengths. On a GPU it is the device's time, from when the host
-  has got some ms ahead, so launches count only where they take longer than that.
-- x: the time of `torch.nn` / this time. Above 1 is faster than `torch.nn`.
-- error: the largest, relative to the largest value; the worst of output, last states and
-  gradients. For `rnn_relu` the root mean square, since at its kink rounding decides.
-"""
 SHORT = (
     "Each entry is the time of `torch.nn` / ours, above 1 is faster: the least of all cases, their "
     "geometric mean, and in how many ours is slower."
@@ -43,27 +28,23 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
-def columns(results: Results, case: Case, provider: str) -> list[str]:
-    """The time and the ratio of each figure of a row that was measured."""
-    us, row, texts = 1e6 / case.steps, results.of(case, provider), []
-    for figure in FIGURES:
-        median, low, high = (us * seconds for seconds in row.times[figure])
-        x = results.ratio(case, provider, figure)
-        texts += [f"{median:.4g} [{low:.3g}, {high:.3g}]", f"{x:.2f}" if x else "-"]
-    return texts
+HEAD = ["provider", "error", *(h for f in FIGURES for h in (f"{f} µs", "x")), "what ran"]
 
 
-def terminal(results: Results, case: Case) -> str:
-    """The lines of one case."""
-    lines = []
+def lines_of(results: Results, case: Case) -> list[list[str]]:
+    """A line for each provider; instead of its figures, why it was not measured."""
+    us, lines = 1e6 / case.steps, []
     for provider in PROVIDERS:
-        row = results.of(case, provider)
+        row, figures = results.of(case, provider), []
+        for figure, time in row.times.items():
+            x = results.ratio(case, provider, figure)
+            median, low, high = (us * seconds for seconds in time)
+            figures += [f"{median:.4g} [{low:.3g}, {high:.3g}]", f"{x:.2f}" if x else "-"]
         if row.status == MEASURED:
-            texts = zip(columns(results, case, provider), [26, 6] * 3)
-            lines.append(f"  {provider:12}" + "".join(text.ljust(width) for text, width in texts))
+            lines.append([provider, f"{row.error:.2g}", *figures, row.ran])
         elif row.status:
-            lines.append(f"  {provider:12}{row.status}: {row.reason}")
-    return "\n".join(lines)
+            lines.append([provider, *[""] * 7, f"{row.status}: {row.reason}"])
+    return lines
 
 
 def in_short(results: Results) -> str:
@@ -83,25 +64,10 @@ def in_short(results: Results) -> str:
     return table(["cell", "provider", *FIGURES], lines)
 
 
-def slower_than_torch(results: Results) -> list[str]:
-    """Every figure in which ours is slower than torch.nn, the worst first."""
-    return sorted(
-        f"{x:.2f} `{case}` {provider} {figure}"
-        for case in results.cases()
-        for provider in OURS
-        for figure in FIGURES
-        if (x := results.ratio(case, provider, figure)) and round(x, 2) < 1
-    )
-
-
 def summary(results: Results, folder: str) -> str:
     """What a README says of the results in a folder, between the MARKS."""
-    slower = slower_than_torch(results)
-    return (
-        f"{results.header}. All figures: [{folder}]({folder}/{PAGE}). "
-        f"{SHORT}\n\n{in_short(results)}\n\nOurs is slower in {len(slower)} figures"
-        f"{', most in: ' if slower else ''}{'; '.join(slower[:6])}.\n"
-    )
+    about = f"{results}. All figures: [{folder}]({folder}/{PAGE}). {SHORT}"
+    return f"{about}\n\n{in_short(results)}\n"
 
 
 def put_between(text: str, new: str) -> str:
@@ -112,44 +78,13 @@ def put_between(text: str, new: str) -> str:
     return before + MARKS[0] + new + MARKS[1] + after
 
 
-# -------------------------------------------------------------------------------------- page
-
-
-def what_ran(results: Results) -> str:
-    """What became of the rows, and of ours what rnn.explain says: each answer with its number."""
-    answers = Counter(
-        ": ".join(filter(None, (f"`{row.provider}`", row.status, row.reason or row.ran)))
-        for row in results.rows.values()
-    )
-    return "\n".join(f"- {answer} ({count} cases)" for answer, count in sorted(answers.items()))
-
-
-def all_figures(results: Results, cell: str) -> str:
-    head = ["case", "provider", "error", *(h for figure in FIGURES for h in (f"{figure} µs", "x"))]
-    return table(
-        head,
-        [
-            [f"`{case}`", provider, f"{row.error:.2g}", *columns(results, case, provider)]
-            for case in results.cases()
-            for provider in PROVIDERS
-            if case.cell == cell and (row := results.of(case, provider)).status == MEASURED
-        ],
-    )
-
-
 def write_page(results: Results, out: Path) -> None:
     parts = [
-        f"# {results.header.device}",
-        f"Written by `python -m bench`: {results.header}.",
-        "## In short",
+        f"# {results.header['device']}",
+        f"Written by `python -m bench`: {results}. `bench/README.md` says what the figures mean.",
         SHORT,
         in_short(results),
-        "## How",
-        HOW + "\n".join(f"- `{name}`: {provider.about}." for name, provider in PROVIDERS.items()),
-        "## What ran",
-        what_ran(results),
-        "## Slower than torch.nn",
-        "\n".join(f"- {line}" for line in slower_than_torch(results)) or "Nothing.",
     ]
-    parts += [f"## {cell}\n\n{all_figures(results, cell)}" for cell in CELLS]
-    write_whole(out / PAGE, "\n\n".join(parts) + "\n")
+    lines = [[f"`{case}`", *line] for case in results.cases() for line in lines_of(results, case)]
+    parts.append(table(["case", *HEAD], lines))
+    (out / PAGE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ import torch
 import rnn
 
 from .cases import Case
-from .measure import FIGURES, MEASURED, Row, Time
+from .measure import MEASURED, Row, Time
 
-FORMAT = "fused-rnn bench 1"
 JSON = "results.json"
 ROOT = Path(__file__).parent.parent
 NOISE = 1.1  # medians that differ by a smaller factor are called equal
@@ -26,26 +25,6 @@ NOISE = 1.1  # medians that differ by a smaller factor are called equal
 
 class BenchError(Exception):
     """What was asked for cannot be done; the message says why, in one line."""
-
-
-@dataclass
-class Header:
-    """What all rows of a file were measured on."""
-
-    format: str
-    device: str
-    threads: str
-    versions: str
-    commit: str
-    load: str  # of the machine when the run began
-
-    def __str__(self) -> str:
-        about = f"{self.versions}, {self.threads} threads, commit {self.commit}"
-        return f"{self.device}, {about}; load {self.load} before"
-
-    def differences(self, other: "Header") -> list[str]:
-        names = ("device", "threads", "versions", "commit")
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
 def device_name(device: torch.device) -> str:
@@ -58,67 +37,63 @@ def device_name(device: torch.device) -> str:
     return f"{re.sub('[(](R|TM)[)]', '', name)}, {os.cpu_count()} cores"
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def commit() -> str:
-    """Of this checkout; marked where what is measured, or what measures, was changed since."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
+    """Of this checkout; marked as dirty where a file was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        changed = git("status", "--porcelain", "-uno", "rnn", "kernels", "bench/*.py")
-        return git("rev-parse", "--short=12", "HEAD").strip() + " and changes" * bool(changed)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "not known"
+    return done.stdout.strip()
 
 
-def make_header(device: torch.device) -> Header:
+def make_header(device: torch.device) -> dict[str, str]:
+    """What all rows of a file are measured on."""
     versions = [f"fused-rnn {rnn.__version__}", f"torch {torch.__version__}"]
     if importlib.util.find_spec("triton"):
         versions.append(f"triton {importlib.metadata.version('triton')}")
     if device.type == "cuda":
         versions.append(f"cudnn {torch.backends.cudnn.version()}")
     versions.append(f"python {platform.python_version()}")
-    load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known"
-    threads = str(torch.get_num_threads())
-    return Header(FORMAT, device_name(device), threads, ", ".join(versions), commit(), load)
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(versions),
+        "commit": commit(),
+        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "not known",
+    }
 
 
 class Results:
-    def __init__(self, header: Header, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, header: dict[str, str], rows: Iterable[Row] = ()) -> None:
         self.header = header
         self.rows = {(row.case, row.provider): row for row in rows}
 
+    def __str__(self) -> str:
+        about = "{device}, {versions}, {threads} threads, commit {commit}; load {load} before"
+        return about.format(**self.header)
+
     @classmethod
     def read(cls, path: Path) -> "Results":
-        """Raises BenchError where the file is not one of ours, or lacks something."""
+        """Raises BenchError where the file is not one of ours."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            header = Header(**data["header"])
-            if header.format != FORMAT:
-                raise ValueError(f"its format is {header.format!r}, not {FORMAT!r}")
-            results = cls(header, [Row(**row) for row in data["rows"]])
+            results = cls(data["header"], [Row(**row) for row in data["rows"]])
             for row in results.rows.values():
-                Case.parse(row.case)
-                row.times = {name: Time(*map(float, time)) for name, time in row.times.items()}
-                whole = row.times.keys() == set(FIGURES) and isinstance(row.error, float)
-                if row.status == MEASURED and not whole:
-                    raise ValueError(f"{row.case} {row.provider} lacks times or its error")
+                row.times = {name: Time(*time) for name, time in row.times.items()}
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BenchError(f"{path} is not a file of results: {error}") from error
         return results
 
     def write(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(json.dumps(asdict(row)) for row in self.rows.values())
-        header = json.dumps(asdict(self.header), indent=1)
-        write_whole(out / JSON, f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
+        header = json.dumps(self.header, indent=1)
+        part = out / f"{JSON}.part"  # renamed: a run that is stopped leaves a whole file
+        part.write_text(f'{{"header": {header},\n"rows": [\n{rows}\n]}}\n')
+        part.replace(out / JSON)
 
     def of(self, case: Case | str, provider: str) -> Row:
         """The row, or one without times where nothing was asked."""
@@ -131,16 +106,6 @@ class Results:
         """The time of torch.nn / the time of the provider, where both were measured."""
         ours, torch_nn = (self.of(case, name).times for name in (provider, "torch.nn"))
         return torch_nn[figure].median / ours[figure].median if ours and torch_nn else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside path, then rename: at every moment path has the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def compare(before: Results, after: Results) -> tuple[list[str], list[str]]:

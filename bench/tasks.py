@@ -14,14 +14,12 @@ it is the median of the last five. No sequence comes twice. Unlike in the papers
 Adam, the gradient's norm clipped at 1, with one rate a task (Le et al.: SGD, rate and clipping
 searched for each network and length); thousands of steps, not up to millions; two seeds.
 
-In the folder --out each finished run is a line of tasks.jsonl, and tasks.md is made of them all;
-started again, the command does what lacks.
+Each finished run is a line of tasks.jsonl in --out; started again, the command does what lacks.
 """
 
 import argparse
 import json
 import math
-import platform
 import statistics
 from collections.abc import Callable
 from itertools import product
@@ -57,10 +55,6 @@ def copy_batch(T: int, B: int, generator: Generator) -> tuple[Tensor, Tensor]:
     return F.one_hot(given, 10).float(), torch.cat([rest, symbols])
 
 
-def copy_baseline(T: int) -> float:
-    return 10 * math.log(8) / (T + 20)
-
-
 class Task(NamedTuple):
     batch: Callable[[int, int, Generator], tuple[Tensor, Tensor]]
     pattern: type[Pattern]
@@ -72,12 +66,10 @@ class Task(NamedTuple):
 
 TASKS = {
     "adding": Task(adding_batch, ManyToOne, 2, 1, F.mse_loss, lambda T: 1 / 6),
-    "copy": Task(copy_batch, ManyToMany, 10, 9, cross_entropy, copy_baseline),
+    "copy": Task(
+        copy_batch, ManyToMany, 10, 9, cross_entropy, lambda T: 10 * math.log(8) / (T + 20)
+    ),
 }
-
-
-def default(model: Pattern) -> None:
-    """PyTorch's: all uniform in +-1 / sqrt(H)."""
 
 
 def orthogonal(model: Pattern) -> None:
@@ -101,15 +93,15 @@ def identity(model: Pattern) -> None:
 
 class Network(NamedTuple):
     cell: str  # a name in rnn.cells.CELLS
-    initialise: Callable[[Pattern], None]
+    initialise: Callable[[Pattern], None] = lambda model: None  # PyTorch's: uniform, +-1 / sqrt(H)
 
 
 NETWORKS = {
-    "tanh": Network("rnn_tanh", default),
+    "tanh": Network("rnn_tanh"),
     "tanh, orthogonal": Network("rnn_tanh", orthogonal),
     "relu, identity": Network("rnn_relu", identity),
-    "gru": Network("gru", default),
-    "lstm": Network("lstm", default),
+    "gru": Network("gru"),
+    "lstm": Network("lstm"),
 }
 ELMAN, GATED = ("tanh", "tanh, orthogonal", "relu, identity"), ("gru", "lstm")
 
@@ -187,51 +179,21 @@ def verdict(sample: dict[str, Any]) -> str:
     return f"not solved in {step} steps (loss {median:.3g})"
 
 
-def environment() -> dict[str, str]:
-    """Where a sample comes from."""
-    return {
-        "commit": store.commit(),
-        "machine": f"{store.device_name(torch.device('cpu'))}, one thread, float32",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-    }
-
-
-PAPERS = """\
-- H: Hochreiter & Schmidhuber 1997, section 5.4, table 7: an LSTM solves adding at T = 100, 500,
-  1000 after 74,000, 209,000, 853,000 sequences (means of 10 trials). Their form differs: numbers
-  in [-1, 1], both marks in the first half. Ours solves shorter ones below.
-- L: Le, Jaitly & Hinton 2015 (arXiv 1504.00941), section 4.1: adding at T = 150, 200, 300, 400;
-  relu with identity learns as LSTM does, tanh and LSTM begin to struggle around T = 150. The error
-  of the constant 1 is given as 0.1767; it is 1/6, the variance of the sum of two numbers.
-- A: Arjovsky, Shah & Bengio 2016 (arXiv 1511.06464), section 5: copy at T = 100, 200, 300, 500 and
-  adding at T = 100, 200, 400, 750; a tanh RNN does not beat the baseline at any of them.
-- Henaff, Szlam & LeCun 2016 (arXiv 1602.06662), linear: orthogonal suits copy, identity adding.
-- Of H the section itself was read; of the three others only abstracts and what reviews say of
-  them: check their figures before you cite them from here.
-"""
-REPORTED = {
-    **{("adding", T, "relu, identity"): "L: solved" for T in (150, 200, 300)},
-    **{("adding", T, "tanh"): "A: not solved" for T in (100, 200)},
-    ("adding", 150, "tanh"): "L: struggles",
-    ("copy", 100, "tanh"): "A: not solved",
-}
-
-
 def report(samples: dict[Job, dict[str, Any]]) -> str:
     """Markdown."""
     rows: dict[tuple[str, int, str], list[str]] = {}
     for job, sample in sorted(samples.items(), key=lambda item: item[0]):
         runs = rows.setdefault((job.task, job.T, job.network), [])
         runs.append(f"seed {job.seed}: {verdict(sample)}")
-    origins = sorted({", ".join(sample["environment"].values()) for sample in samples.values()})
-    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.", ""]
-    lines += [*(f"- {origin}" for origin in origins), "", "Papers:", "", PAPERS]
-    cells = []
-    for key, runs in rows.items():
-        baseline = f"{TASKS[key[0]].baseline(key[1]):.4f}"
-        cells.append([*map(str, key), baseline, REPORTED.get(key, "-"), "; ".join(runs)])
-    lines.append(table(["task", "T", "network", "baseline", "papers", "runs"], cells))
-    return "\n".join(lines) + "\n"
+    origins = sorted(
+        {"- " + ", ".join(sample["environment"].values()) for sample in samples.values()}
+    )
+    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.\n", *origins, ""]
+    cells = [
+        [task, str(T), network, f"{TASKS[task].baseline(T):.4f}", "; ".join(runs)]
+        for (task, T, network), runs in rows.items()
+    ]
+    return "\n".join([*lines, table(["task", "T", "network", "baseline", "runs"], cells)]) + "\n"
 
 
 def main() -> None:
@@ -245,7 +207,8 @@ def main() -> None:
     path.touch()
     done = [json.loads(line) for line in path.read_text().splitlines()]
     samples = {Job(**sample["job"]): sample for sample in done}
-    here = environment()
+    here = store.make_header(torch.device("cpu"))
+    del here["load"]
     for job in JOBS:
         if job not in samples:
             samples[job] = {"job": job._asdict(), **train(job), "environment": here}

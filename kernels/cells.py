@@ -13,7 +13,7 @@ APPROXIMATE allows the chip's own tanh, good enough where results are rounded to
 d_state_prev a 0.0 stands where nothing reaches the previous state past W_hh.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -157,3 +157,14 @@ CELLS = {
     "gru": TileCell(gru_step, gru_step_vjp, reads_h=True, recalls=True),
     "lstm": TileCell(lstm_step, lstm_step_vjp, reads=(1,), recalls=True),
 }
+
+
+def has_tiles(cell: Any) -> bool:
+    return cell.name in CELLS or hasattr(cell, "tiles")
+
+
+def tiles_of(cell: Any) -> TileCell:
+    """The tiles of a cell. A cell that rnn.cell derived has them made where they are first used."""
+    if cell.name not in CELLS:
+        CELLS[cell.name] = cell.tiles()
+    return CELLS[cell.name]

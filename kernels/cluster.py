@@ -46,7 +46,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.jit import constexpr_function
 
-from .hopper_tiles import as_operand, operand_layout, powers, seen_as, spread
+from .hopper_layouts import operand_layout, powers, spread
+from .hopper_tiles import as_operand, seen_as
 
 # What Triton 3.6 and 3.7 lack is None there, so that the kernels of one CTA compile with them.
 async_store = getattr(hopper, "async_store", None)

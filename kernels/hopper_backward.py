@@ -19,15 +19,13 @@ from .cluster import (
     sum_of_parts,
 )
 from .hopper_forward import RUNTIME
+from .hopper_layouts import accumulator_layout, copies_layout, even_layout, units_layout
 from .hopper_tiles import (
-    accumulator_layout,
     advance,
     allocate_operands,
     allocate_slots,
     ask,
     columns_of_weights,
-    copies_layout,
-    even_layout,
     finished,
     in_units,
     pieces_of,
@@ -35,7 +33,6 @@ from .hopper_tiles import (
     put,
     start_sum,
     take,
-    units_layout,
     walk,
 )
 from .recurrence import RUNTIME_BACKWARD
@@ -43,8 +40,10 @@ from .steps import (
     add,
     at_step,
     existing,
+    load_or_zero,
     load_params,
     store_tiles,
+    store_wanted,
     to_float32,
     where_active,
     zero_where_not,
@@ -276,17 +275,12 @@ def backward_kernel(
     weight_hh_ptr += direction * GATES * H * H
     weights = columns_of_weights(weight_hh_ptr, H, BLOCK_S, CTAS, GATES, HELD, MMA)
     params = load_params(param_ptrs, direction * H + units, units < H)
-    d_state = ()
-    for s in gl.static_range(STATES):
-        d_state_s = gl.zeros([WHOLE, BLOCK_B], gl.float32, UNITS)
-        if d_state_n_ptrs[s] is not None:
-            d_state_ptrs = d_state_n_ptrs[s] + state_offsets
-            d_state_s = gl.load(d_state_ptrs, mask=mask, other=0.0).to(gl.float32)
-        d_state += (d_state_s,)
+    none = gl.zeros([WHOLE, BLOCK_B], gl.float32, UNITS)
+    d_state = load_or_zero(d_state_n_ptrs, state_offsets, mask, none)
     d_params = ()
     if d_params_ptr is not None:
         for _ in gl.static_range(len(param_ptrs)):
-            d_params += (gl.zeros([WHOLE, BLOCK_B], gl.float32, UNITS),)
+            d_params += (none,)
     buffer0, operands0 = allocate_operands(dtype, BLOCK_S, BLOCK_B, CTAS, GATES)
     buffer1, operands1 = allocate_operands(dtype, BLOCK_S, BLOCK_B, CTAS, GATES)
     buffers, operands = (buffer0, buffer1), (operands0, operands1)
@@ -335,11 +329,10 @@ def backward_kernel(
                 APPROXIMATE, UNIT, ALIGNED, AHEAD, PARTS, UNITS,
             )  # fmt: skip
     async_copy.wait_group(0)
-    for s in gl.static_range(STATES):
-        if d_state0_ptrs[s] is not None:
-            gl.store(d_state0_ptrs[s] + state_offsets, d_state[s].to(dtype), mask=mask)
+    store_wanted(d_state0_ptrs, state_offsets, d_state, mask)
     if d_params_ptr is not None:  # one part for each batch tile; the host sums them in order
         unit = gl.arange(0, WHOLE, gl.SliceLayout(1, UNITS))
         for p in gl.static_range(len(d_params)):
             part = (p * gl.num_programs(0) + gl.program_id(0)).to(gl.int64) * D + direction
-            gl.store(d_params_ptr + part * H + unit, gl.sum(d_params[p], 1), mask=unit < H)
+            d_param = gl.sum(gl.where(mask, d_params[p], 0.0), 1)  # of rows that exist
+            gl.store(d_params_ptr + part * H + unit, d_param, mask=unit < H)

@@ -32,15 +32,13 @@ from .cluster import (
     everyone_layout,
     send_to_all,
 )
+from .hopper_layouts import accumulator_layout, copies_layout, gates_layout, units_layout
 from .hopper_tiles import (
-    accumulator_layout,
     advance,
     allocate_operands,
     allocate_slots,
     ask,
-    copies_layout,
     finished,
-    gates_layout,
     in_gates,
     in_units,
     pieces_of,
@@ -49,7 +47,6 @@ from .hopper_tiles import (
     rows_of_weights,
     start_sum,
     take,
-    units_layout,
     walk,
 )
 from .steps import (
@@ -57,6 +54,7 @@ from .steps import (
     existing,
     load_params,
     store_tiles,
+    store_wanted,
     to_float32,
     where_active,
 )
@@ -258,5 +256,4 @@ def forward_kernel(
                 APPROXIMATE, UNIT, ALIGNED, AHEAD, CHUNK, PLACES, EVERYONE, UNITS,
             )  # fmt: skip
     async_copy.wait_group(0)
-    for s in gl.static_range(len(state)):
-        gl.store(state_n_ptrs[s] + state_offsets, state[s].to(dtype), mask=mask)
+    store_wanted(state_n_ptrs, state_offsets, state, mask)

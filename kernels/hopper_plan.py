@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from .limits import Layer, Limits, Plan
 
-CLUSTERS = (2, 4, 8, 16)  # CTAs; 16 needs a device that allows it, which the launch finds out
+CLUSTERS = (2, 4, 8, 16)  # CTAs
+PORTABLE_CLUSTER = 8  # every Hopper chip takes it; whether it takes 16, the launch finds out
 EXCHANGE = 380  # clocks of a step that waits for the other CTAs
 CLUSTER_BYTES_PER_CLOCK = 32  # that a CTA sends
 K_STEP = 16  # clocks of one matrix instruction, which sums over 32 bytes of a row
@@ -50,8 +51,13 @@ class HopperPlan(Plan):
         """Of clusters."""
         return self.tiles, self.directions
 
-    def cost(self) -> int:
-        clusters = self.tiles * self.directions
+    @property
+    def ctas(self) -> int:
+        """Of the larger cluster of the two passes."""
+        return max(self.forward.ctas, self.backward.ctas)
+
+    def cost_of(self, tiles: int) -> int:
+        clusters = tiles * self.directions
         passes = (self.forward, self.backward)
         return sum(waves(clusters, p.ctas, self.limits) * p.clocks for p in passes) // 2
 
@@ -87,30 +93,48 @@ def refusal(layer: Layer, limits: Limits) -> str:
         return "rounds float32 products to tf32, which is not allowed"
     if layer.packed:
         return "takes no packed rows"
+    if layer.regularised:
+        return "has no dropout of h, no zoneout and no clipping of its gradient"
     return limits.no_hopper
 
 
+def offers(layer: Layer, limits: Limits) -> list[HopperPlan]:
+    """The best plan of all and, where it takes larger clusters, the best of portable ones."""
+    plans = list(plans_of(layer, limits))
+    portable = [plan for plan in plans if plan.ctas <= PORTABLE_CLUSTER]
+    best = [min(some, key=HopperPlan.cost) for some in (plans, portable) if some]
+    return best[:1] if best[:1] == best[1:] else best
+
+
 def plans_of(layer: Layer, limits: Limits) -> Iterator[HopperPlan]:
-    """The best plan for each height of a batch tile."""
+    """The best plan for each height of a batch tile and each limit of a cluster's size."""
     for rows in (8, 16):
-        forward = list(forward_passes(layer, limits, rows))
-        backward = list(backward_passes(layer, limits, rows))
-        if not forward or not backward:
-            continue
+        forward, backward = passes(layer._replace(batch=0), limits, rows)
         tiles = -(-layer.batch // rows)
-        f = cheapest(forward, tiles * layer.directions, limits)
-        b = cheapest(backward, tiles * layer.directions, limits)
-        yield HopperPlan(
-            block_b=rows,
-            tiles=tiles,
-            directions=layer.directions,
-            approximate=layer.itemsize == 2 and limits.tanh_approx,
-            sram=max(f.sram, b.sram),
-            clocks=(f.clocks + b.clocks) // 2,
-            limits=limits,
-            forward=f,
-            backward=b,
-        )
+        for most in (CLUSTERS[-1], PORTABLE_CLUSTER):
+            forward = [how for how in forward if how.ctas <= most]
+            backward = [how for how in backward if how.ctas <= most]
+            if not forward or not backward:
+                break
+            f = cheapest(forward, tiles * layer.directions, limits)
+            b = cheapest(backward, tiles * layer.directions, limits)
+            yield HopperPlan(
+                block_b=rows,
+                tiles=tiles,
+                directions=layer.directions,
+                approximate=layer.itemsize == 2 and limits.tanh_approx,
+                sram=max(f.sram, b.sram),
+                clocks=(f.clocks + b.clocks) // 2,
+                limits=limits,
+                forward=f,
+                backward=b,
+            )
+
+
+@lru_cache(maxsize=1024)
+def passes(layer: Layer, limits: Limits, rows: int) -> tuple[list[Pass], list[Pass]]:
+    """All forward and all backward passes; of the layer, the batch does not matter."""
+    return list(forward_passes(layer, limits, rows)), list(backward_passes(layer, limits, rows))
 
 
 def cheapest(passes: list[Pass], clusters: int, limits: Limits) -> Pass:
@@ -197,6 +221,8 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if ctas > 1:  # no more than hold W_hh: each takes its time
             fewest = registers(whole, gates * block_s, 4, size) / 64 * 4
             num_warps = min(all_warps, next((w for w in (4, 8) if w >= fewest), 8))
+        if ragged_alone(layer, ctas, num_warps):
+            continue
         taken = registers(whole, gates * block_s, num_warps, size)
         held = 0
         tight = is_ragged(layer) and size == 4 and ctas > 1

@@ -1,9 +1,11 @@
 """The launchers: they allocate what a kernel writes, and launch it."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -12,7 +14,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from . import faults
-from .cells import CELLS
+from .cells import tiles_of
 from .hopper_plan import HopperPlan
 from .layout import Inputs, dense, empty_steps, stride_arguments
 from .limits import KernelUnavailable, Plan
@@ -21,8 +23,36 @@ from .recurrence import backward_kernel, forward_kernel
 
 PATIENCE = 1 << 22  # polls of a flag, each a trip to L2: some seconds, then the wait is given up
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
+P = ParamSpec("P")
+R = TypeVar("R")
 
 unavailable: dict[Plan, str] = {}  # why the kernels of these plans cannot be had here
+
+
+def available(plan: Plan) -> Plan:
+    """This plan or, where its kernels cannot be had, the first that takes over from it and may be
+    tried, with the reason."""
+    while plan in unavailable and plan.otherwise is not None:
+        plan = replace(plan.otherwise, why=unavailable[plan])
+    return plan
+
+
+def falling_back(run: Callable[Concatenate[Plan, P], R]) -> Callable[Concatenate[Plan, P], R]:
+    """Where a kernel of the plan cannot be had, what takes over from it runs, with a warning."""
+
+    @wraps(run)
+    def run_available(plan: Plan, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        while True:
+            plan = available(plan)
+            try:
+                return run(plan, *args, **kwargs)
+            except KernelUnavailable as error:
+                if plan.otherwise is None:
+                    raise
+                unavailable[plan] = str(error)
+                warnings.warn(f"{error}; instead runs: {plan.otherwise}", stacklevel=2)
+
+    return run_available
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
@@ -69,10 +99,9 @@ def launch(
     width: int,  # of what a row exchanges between slices
     **arguments: Any,
 ) -> None:
-    """Launch a pass over all batch tiles, on the plan's engine. Where the Hopper engine turns out
-    not to have its kernel, the portable engine takes over, with a warning."""
+    """Launch a pass over all batch tiles, on the plan's engine."""
     _, B, H = inputs.state0[0].shape
-    lengths, tile_cell = inputs.lengths, CELLS[cell.name]
+    lengths, tile_cell = inputs.lengths, tiles_of(cell)
     arguments |= dict(
         T=like.size(0) if inputs.offsets is None else inputs.offsets.numel(),
         B=B,
@@ -87,22 +116,16 @@ def launch(
         APPROXIMATE=plan.approximate,
     )
     if pass_name == "forward":
-        arguments |= dict(STEP=tile_cell.step, READS_H=tile_cell.reads_h)
+        reads_h = tile_cell.reads_h or inputs.keep is not None
+        arguments |= dict(STEP=tile_cell.step, READS_H=reads_h)
     else:
         arguments |= dict(STEP_VJP=tile_cell.step_vjp, RECALLS=tile_cell.recalls)
     what = f"{pass_name} pass of {cell.name}"
     if isinstance(plan, HopperPlan):
-        try:
-            return launch_hopper(pass_name, plan, what, inputs, tile_cell.reads, arguments)
-        except KernelUnavailable as error:
-            if plan.otherwise is None:
-                raise
-            unavailable[plan] = str(error)
-            warnings.warn(f"{error}; the portable engine runs it", stacklevel=2)
-            plan = plan.otherwise
-            arguments["BLOCK_B"] = plan.block_b
-    assert isinstance(plan, PortablePlan)
-    launch_portable(pass_name, plan, what, inputs, like, width, arguments)
+        launch_hopper(pass_name, plan, what, inputs, tile_cell.reads, arguments)
+    else:
+        assert isinstance(plan, PortablePlan)
+        launch_portable(pass_name, plan, what, inputs, like, width, arguments)
 
 
 def most_registers(num_warps: int) -> int:
@@ -174,6 +197,14 @@ def launch_portable(
         own = dict(
             CHUNKS=plan.chunks(columns), PIECES=plan.pieces_backward, STEPS=plan.steps_backward
         )
+    regularisers: dict[str, Any] = dict(
+        h_mask_ptr=None if inputs.h_mask is None else inputs.h_mask.contiguous(),
+        keep_ptr=inputs.keep,
+    )
+    if inputs.keep is None:
+        regularisers |= dict(keep_stride_t=None, keep_stride_b=None)
+    if pass_name == "backward":
+        regularisers["grad_clip"] = inputs.grad_clip
     weight, offsets = tf32_parts(inputs.weight_hh, plan.parts), inputs.offsets
     with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
@@ -194,10 +225,12 @@ def launch_portable(
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
                 **own,
+                **regularisers,
                 **arguments,
             )
 
 
+@falling_back
 def forward(
     plan: Plan,
     cell: Any,  # has name, gates, states, stored, params, split, as the cells of the package
@@ -230,12 +263,16 @@ def forward(
         stored_ptr=stored,
         state_n_ptrs=state_n,
         **stride_arguments(
-            x_gates=x_gates, output=output, stored=output if stored is None else stored
+            x_gates=x_gates,
+            output=output,
+            stored=output if stored is None else stored,
+            keep=inputs.keep,
         ),
     )
     return output, state_n, stored
 
 
+@falling_back
 def backward(
     plan: Plan,
     cell: Any,
@@ -287,6 +324,7 @@ def backward(
             output=output,
             stored=output if stored is None else stored,
             d_output=output if d_output is None else d_output,
+            keep=inputs.keep,
         ),
     )
     if not need_d_params:

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     tf32: bool  # float32 products may be rounded to tf32; other dtypes ignore it
     packed: bool = False  # rows of different length lie packed in memory
+    regularised: bool = False  # by dropout of h, zoneout, or clipping of its gradient
 
     @property
     def itemsize(self) -> int:
@@ -84,7 +85,11 @@ class Plan:
     otherwise: "Plan | None" = field(default=None, compare=False)
 
     def cost(self) -> int:
-        """Clocks of a step of all batch tiles, one launch or wave of blocks after the other."""
+        """Clocks of a step of all batch tiles."""
+        return self.cost_of(self.tiles)
+
+    def cost_of(self, tiles: int) -> int:
+        """Clocks of a step of so many batch tiles, one launch or wave of blocks after the other."""
         raise NotImplementedError
 
 

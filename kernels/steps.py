@@ -109,6 +109,46 @@ def add(tiles, others):
 
 
 @triton.jit
+def subtract(tiles, others):
+    differences = ()
+    for i in tl.static_range(len(tiles)):
+        differences += (tiles[i] - others[i],)
+    return differences
+
+
+@triton.jit
+def scale(tiles, factors):
+    products = ()
+    for i in tl.static_range(len(tiles)):
+        products += (tiles[i] * factors[i],)
+    return products
+
+
+@triton.jit
+def mix(keep, old, new):
+    """keep of the old, the rest of the new."""
+    mixed = ()
+    for i in tl.static_range(len(new)):
+        mixed += (keep[i] * old[i] + (1.0 - keep[i]) * new[i],)
+    return mixed
+
+
+@triton.jit
+def clamp(tile, bound):
+    """Into [-bound, bound]; NaN stays."""
+    tile = tl.minimum(tile, bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(tile, -bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def last_of(tiles, COUNT: tl.constexpr):
+    last = ()
+    for i in tl.static_range(len(tiles) - COUNT, len(tiles)):
+        last += (tiles[i],)
+    return last
+
+
+@triton.jit
 def from_second(tiles):
     rest = ()
     for i in tl.static_range(1, len(tiles)):
@@ -132,6 +172,26 @@ def load_params(param_ptrs, offsets, mask):
     for i in tl.static_range(len(param_ptrs)):
         params += (tl.load(param_ptrs[i] + offsets, mask=mask, other=0.0).to(tl.float32),)
     return params
+
+
+@triton.jit
+def load_or_zero(ptrs, offsets, mask, zero):
+    """Float32 tiles of the tensors that there are, and zero in the place of the others."""
+    tiles = ()
+    for i in tl.static_range(len(ptrs)):
+        tile = zero
+        if ptrs[i] is not None:
+            tile = tl.load(ptrs[i] + offsets, mask=mask, other=0.0).to(tl.float32)
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def store_wanted(ptrs, offsets, tiles, mask):
+    """The tiles, each rounded to its tensor, if there is one."""
+    for i in tl.static_range(len(tiles)):
+        if ptrs[i] is not None:
+            tl.store(ptrs[i] + offsets, tiles[i].to(ptrs[i].dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -10,9 +10,11 @@ if not (_folder / "kernels").is_dir():
     __path__.append(str(_folder.parent))
 
 from . import _start  # noqa: F401  # first: it heeds Ctrl-C while the next lines import torch
+from .check import check_cell
 from .convert import convert
+from .derive import cell, source, straight_through
 from .functional import recurrence
-from .modules import GRU, LSTM, RNN, explain
+from .modules import GRU, LSTM, RNN, Recurrent, explain
 from .patterns import EncoderDecoder, ManyToMany, ManyToOne, OneToMany, OneToOne
 
 __all__ = [
@@ -24,8 +26,13 @@ __all__ = [
     "ManyToOne",
     "OneToMany",
     "OneToOne",
+    "Recurrent",
+    "cell",
+    "check_cell",
     "convert",
     "explain",
     "recurrence",
+    "source",
+    "straight_through",
 ]
 __version__ = "0.1.0"

@@ -78,7 +78,8 @@ class Recurrence(torch.autograd.Function):
         ctx.call, ctx.inputs = call, len(tensors)
         # The gradient of W_ih reads x. Where none is wanted a second derivative alone does: x may
         # be changed in place before a first one, and its version says whether it was.
-        weights = tensors[S :: len(tensors[S:]) // call.spec.directions]
+        first = call.spec.first_weight
+        weights = tensors[first :: len(tensors[first:]) // call.spec.directions]
         read = call.spec.input_product and any(w.requires_grad for w in weights)
         read = read or torch._C._are_functorch_transforms_active()
         ctx.x, ctx.version = (None, None) if read else (x, x._version)
@@ -182,14 +183,18 @@ def backward(
     """The gradients of x, lengths and tensors: the engine's loop, then the products over all
     steps. Each gradient has memory of its own."""
     spec, cell = call.spec, CELLS[call.spec.cell]
-    S = cell.states
+    S, masks = cell.states, spec.first_weight - cell.states
     if not spec.stacked:
         d_last = tuple(None if d is None else d.unsqueeze(0) for d in d_last)
-    need_d_x, need_d_weights = needs[1], needs[3 + S :]
+    need_d_x, need_d_weights = needs[1], needs[3 + S + masks :]
+    weights = tensors[S + masks :]
+    per_direction = len(weights) // spec.directions
+    own = per_direction - len(cell.own_params)  # where they begin in each direction
     found: Gradients
     rows: StepRows | MemoryRows
     if isinstance(call.plan, Plan):
         need_d_gates, need_d_state0 = need_d_x or any(need_d_weights), any(needs[3 : 3 + S])
+        need_d_own = any(n for k, n in enumerate(need_d_weights) if k % per_direction >= own)
         found = backward_in_triton(
             call.plan,
             spec,
@@ -200,6 +205,7 @@ def backward(
             d_last,
             need_d_gates,
             need_d_state0,
+            need_d_own,
         )
         rows = MemoryRows(spec, lengths)
     else:
@@ -207,8 +213,7 @@ def backward(
     d_state0: list[Tensor | None] = [None] * S
     if any(needs[3 : 3 + S]):
         d_state0 = [s if spec.stacked else s[0] for s in found.d_state0]
-    d_x, weights = None, tensors[S:]
-    per_direction = len(weights) // spec.directions
+    d_x = None
     if need_d_x and spec.input_product:
         weight_ih = weights[::per_direction]
         d_rows = found.d_x_gates[0] @ weight_ih[0]
@@ -219,7 +224,7 @@ def backward(
         parts = found.d_x_gates
         d_x = rows.scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1), x)
     if not any(need_d_weights):
-        return d_x, None, *d_state0, *(None for _ in weights)
+        return d_x, None, *d_state0, *(None for _ in tensors[S:])
     d_weights: list[Tensor | None] = []
     x_rows = rows.gather(x) if spec.input_product else x
     for d in range(spec.directions):
@@ -230,7 +235,9 @@ def backward(
             if spec.bias:
                 d_weights.append(found.d_x_gates[d].sum(0) if mine[2] else None)
                 d_weights.append(found.d_h_gates[d].sum(0) if mine[3] else None)
+            d_own = found.d_params[d][len(cell.inner_bias) :]
+            d_weights += [p if m else None for p, m in zip(d_own, mine[own:])]
         else:
             d_weights.append(found.d_weight_hh[d] if mine[0] else None)
             d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]
-    return d_x, None, *d_state0, *d_weights
+    return d_x, None, *d_state0, *(None,) * masks, *d_weights

@@ -12,7 +12,8 @@ are pointwise, so they serve one step or all steps at once, and autograd can dif
         x_gates  the G gates of W_ih x_t + b, one tensor each
         h_gates  the G gates of W_hh h_{t-1}
         state    the S states before the step; state[0] is h, the one that W_hh multiplies
-        params   the cell's vectors per hidden unit, each (H,)
+        params   the cell's vectors per hidden unit, each (H,): first b_hh of each gate where it
+                 stands inside the step (inner_bias), then those of its own (own_params)
         saved    what the VJP needs beside the states
 
     step_vjp(d_state, state_prev, state, saved, params)
@@ -48,9 +49,13 @@ class Cell:
     saved: int  # how many tensors step saves beside the states
     step: Callable[[Tensors, Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
     step_vjp: Callable[[Tensors, Tensors, Tensors, Tensors, Tensors], Any]
-    params: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()  # the names of all: inner biases first, then the own ones
     inner_bias: tuple[int, ...] = ()  # gates whose b_hh is no part of x_gates: params[k] is it
     split: tuple[int, ...] = ()  # gates whose d_h_gates differs from d_x_gates
+    # Learnable vectors beside weights and biases: (name, initial value), the value a float or a
+    # function that fills a tensor in place.
+    own_params: tuple[tuple[str, Any], ...] = ()
+    across: str = ""  # what a step does with all units of a row, where it is not pointwise
 
     @property
     def stored(self) -> int:
@@ -158,3 +163,15 @@ CELLS = {
         Cell("lstm", 4, 2, 4, lstm_step, lstm_step_vjp),
     )
 }
+
+
+def cell_of(cell: str | Cell) -> Cell:
+    """A cell of the table, by its name or itself; raises ValueError where it is not there."""
+    if not isinstance(cell, Cell):
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {sorted(CELLS)}, got {cell!r}")
+        return CELLS[cell]
+    if CELLS.get(cell.name) is not cell:
+        other = "is another one" if cell.name in CELLS else "is not there"
+        raise ValueError(f"cell must be in rnn.cells.CELLS: {cell.name!r} {other}")
+    return cell

@@ -1,4 +1,4 @@
-"""What a call of RNN, GRU or LSTM must be given: the checks of torch.nn, done in Python."""
+"""What a module and its calls must be given: the weights, and the checks of torch.nn in Python."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import layer_norm
 from .autograd import autocast_enabled
-from .cells import CELLS
+from .cells import CELLS, Cell
 from .functional import State, check_lengths, own_lengths
 
 
@@ -26,6 +27,13 @@ MODES = {
     "GRU": Mode("gru", torch.nn.GRU),
     "LSTM": Mode("lstm", torch.nn.LSTM),
 }
+
+
+def mode_of(cell: Cell) -> str:
+    """The mode of a module: torch.nn's name of the cell or, where torch.nn has none, its own."""
+    if cell.name in MODES:
+        raise ValueError(f"{cell.name!r} is a mode of torch.nn, and no name for a cell of your own")
+    return next((mode for mode, known in MODES.items() if known.cell == cell.name), cell.name)
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
@@ -66,12 +74,52 @@ def batch_of_packed(input: PackedSequence, hx: State | None) -> int:
 
 
 class Checked(torch.nn.RNNBase):
-    """torch.nn.RNNBase with all checks of a call in Python."""
+    """torch.nn.RNNBase for any cell, with all checks of a call in Python."""
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        if mode in MODES:
+            super().__init__(mode, *args, **kwargs)
+            return
+        # torch.nn.RNNBase takes its own modes alone. It checks the arguments; its weights, of one
+        # gate and without memory, make room for those of the cell.
+        super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
+        self.mode = mode
+        own = [name for name, _ in CELLS[mode].own_params]
+        names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * self.bias, *own]
+        ends = [f"_l{k}{d}" for k in range(self.num_layers) for d in ("", "_reverse")]
+        self._all_weights = [[n + end for n in names] for end in ends[:: 3 - self.directions]]
+        self._flat_weights_names = [name for each in self._all_weights for name in each]
+        self._parameters.clear()
+        for name, shape in zip(self._flat_weights_names, self._shapes(), strict=True):
+            empty = torch.empty(shape, device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+            self.register_parameter(name, torch.nn.Parameter(empty))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases as torch.nn does, and set the cell's own params as it says."""
+        super().reset_parameters()
+        own = CELLS[self.cell].own_params
+        for names in self._all_weights:
+            for name, (_, initial) in zip(names[len(names) - len(own) :], own):
+                weight = getattr(self, name)
+                with torch.no_grad():
+                    initial(weight) if callable(initial) else weight.fill_(initial)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.mode.endswith("_norm"):
+            layer_norm.register()
+        if self.cell not in CELLS:
+            raise RuntimeError(
+                f"this module's cell {self.cell!r} is not in rnn.cells.CELLS: import what defines "
+                "it before the module is loaded"
+            )
 
     @property
     def cell(self) -> str:
         """The name of the cell in rnn.cells.CELLS."""
-        return MODES[self.mode].cell
+        return MODES[self.mode].cell if self.mode in MODES else self.mode
 
     @property
     def directions(self) -> int:
@@ -106,7 +154,8 @@ class Checked(torch.nn.RNNBase):
                 state0 = tuple(s.index_select(1, sorted_indices) for s in state0)
             return Prepared(x, False, state0, batch, weights, None, input)
         if input.dim() not in (2, 3):
-            name, kind = self.mode.split("_")[0], f"{input.dim()}D"
+            name = self.mode.split("_")[0] if self.mode in MODES else self.mode
+            kind = f"{input.dim()}D"
             kind += " tensor" if name == "RNN" else ""
             raise ValueError(f"{name}: Expected input to be 2D or 3D, got {kind} instead")
         x = input if input.dim() == 3 else input.unsqueeze(0 if self.batch_first else 1)
@@ -125,23 +174,26 @@ class Checked(torch.nn.RNNBase):
         return Prepared(x, self.batch_first, state0, batch, weights, lengths, None, unbatched)
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        """Check an input and its states, h0 or (h0, c0), as torch.nn's method of this name does.
-        forward calls that of a subclass, after its own checks."""
+        """Check an input and its states, as hx, as torch.nn's method of this name does. forward
+        calls that of a subclass, after its own checks."""
         self.check_input(input, batch_sizes)
-        expected = self.get_expected_hidden_size(input, batch_sizes)
-        if self.mode != "LSTM":
-            self.check_hidden_size(hidden, expected)
+        layers, batch, width = self.get_expected_hidden_size(input, batch_sizes)
+        states = CELLS[self.cell].states
+        if states == 1:
+            self.check_hidden_size(hidden, (layers, batch, width))
             return
-        cell_size = (*expected[:2], self.hidden_size)
-        self.check_hidden_size(hidden[0], expected, "Expected hidden[0] size {}, got {}")
-        self.check_hidden_size(hidden[1], cell_size, "Expected hidden[1] size {}, got {}")
+        for k in range(states):
+            size = layers, batch, self.hidden_size if k else width
+            self.check_hidden_size(hidden[k], size, f"Expected hidden[{k}] size {{}}, got {{}}")
+
+    def _zeros(self, x: Tensor, layers: int, batch: int) -> tuple[Tensor, ...]:
+        """The states that a call without hx starts from."""
+        h = x.new_zeros(layers, batch, self.proj_size or self.hidden_size)
+        other = x.new_zeros(layers, batch, self.hidden_size) if self.proj_size else h
+        return (h, *[other] * (CELLS[self.cell].states - 1))
 
     def _check_as_the_subclass_asks(self, p: Prepared) -> None:
-        layers, widths = self.num_layers * self.directions, (self.proj_size, 0)
-        state0 = p.state0 or tuple(
-            p.x.new_zeros(layers, p.batch, width or self.hidden_size)
-            for width in widths[: CELLS[self.cell].states]
-        )
+        state0 = p.state0 or self._zeros(p.x, self.num_layers * self.directions, p.batch)
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
         self.check_forward_args(p.x, state0 if len(state0) > 1 else state0[0], batch_sizes)
 
@@ -151,31 +203,31 @@ class Checked(torch.nn.RNNBase):
         """hx as a tuple of (L * D, B, H), checked against x."""
         if hx is None:
             return None
-        cell, given = CELLS[self.cell], cast(Any, hx)
+        states, given = CELLS[self.cell].states, cast(Any, hx)
+        want = "a Tensor" if states == 1 else f"a tuple of {states} Tensors"
+        want = f"hx of {self.mode} must be {'the pair (h0, c0)' if self.mode == 'LSTM' else want}"
         try:  # what torch.nn asks of hx, for its very exceptions
-            state0: tuple[Tensor, ...] = (given,) if cell.states == 1 else (given[0], given[1])
+            state0 = (given,) if states == 1 else tuple(given[k] for k in range(states))
             dims = [s.dim() for s in state0]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            want = "a Tensor" if cell.states == 1 else "the pair (h0, c0)"
-            raise type(error)(f"hx of {self.mode} must be {want}, got {_said(hx)}") from error
-        if cell.states > 1 and isinstance(hx, Tensor):
-            raise TypeError(f"hx of {self.mode} must be the pair (h0, c0), got {_said(hx)}")
-        if cell.states > 1 and len(hx) != cell.states:
-            raise RuntimeError(f"hx must be {cell.states} tensors, got {len(hx)}")
+            raise type(error)(f"{want}, got {_said(hx)}") from error
+        if states > 1 and isinstance(hx, Tensor):
+            raise TypeError(f"{want}, got {_said(hx)}")
+        if states > 1 and len(hx) != states:
+            raise RuntimeError(f"hx must be {states} tensors, got {len(hx)}")
         if any(d != dim for d in dims):
             kind = "batched" if dim == 3 else "unbatched"
-            found = (
-                f"{dims[0]}-D tensor" if len(dims) == 1 else f"({dims[0]}-D, {dims[1]}-D) tensors"
-            )
+            found = ", ".join(f"{d}-D" for d in dims)
+            found = f"{found} tensor" if states == 1 else f"({found}) tensors"
+            names = "hx and cx" if self.mode == "LSTM" else "hx"
             raise RuntimeError(
-                f"For {kind} {dim}-D input, {' and '.join(('hx', 'cx')[: len(dims)])} should also "
-                f"be {dim}-D but got {found}"
+                f"For {kind} {dim}-D input, {names} should also be {dim}-D but got {found}"
             )
         layers = self.num_layers * self.directions
         for k, s in enumerate(state0):
             s = s if dim == 3 else s.unsqueeze(1)
             width = self.proj_size if k == 0 and self.proj_size else self.hidden_size
-            name = "hidden" if cell.states == 1 else f"hidden[{k}]"
+            name = "hidden" if states == 1 else f"hidden[{k}]"
             self.check_hidden_size(
                 s, (layers, batch, width), f"Expected {name} size {{}}, got {{}}"
             )
@@ -188,19 +240,23 @@ class Checked(torch.nn.RNNBase):
                 raise RuntimeError(f"hx must be {x.dtype} as input is, got {s.dtype}")
         return state0 if dim == 3 else tuple(s.unsqueeze(1) for s in state0)
 
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of all weights, in the order of torch.nn's _flat_weights."""
+        cell, width = CELLS[self.cell], self.proj_size or self.hidden_size
+        rows = cell.gates * self.hidden_size
+        rest: list[tuple[int, ...]] = [(rows, width)] + [(rows,)] * (2 * self.bias)
+        rest += [(width, self.hidden_size)] * bool(self.proj_size)
+        rest += [(self.hidden_size,)] * len(cell.own_params)
+        first, deeper = (rows, self.input_size), (rows, self.directions * width)
+        shapes = [first, *rest] * self.directions
+        return shapes + [deeper, *rest] * (self.directions * (self.num_layers - 1))
+
     def _check_weights(self, x: Tensor, weights: list[Any]) -> None:
         """Shape, dtype and device of every weight; nothing after this looks at them again."""
         if torch._C._get_tracing_state() is not None:  # sizes are being recorded
             return
-        rows, width = CELLS[self.cell].gates * self.hidden_size, self.proj_size or self.hidden_size
-        rest = [(rows, width)] + [(rows,)] * (2 * self.bias)
-        rest += [(width, self.hidden_size)] * bool(self.proj_size)
-        shapes = [(rows, self.input_size), *rest] * self.directions
-        shapes += [(rows, self.directions * width), *rest] * (
-            self.directions * (self.num_layers - 1)
-        )
         mixed = autocast_enabled(x.device.type)
-        for name, weight, shape in zip(self._flat_weights_names, weights, shapes):
+        for name, weight, shape in zip(self._flat_weights_names, weights, self._shapes()):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
             if tuple(weight.shape) != shape:

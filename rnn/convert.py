@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .dispatch import BACKENDS, Backend
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, Recurrent
+from .recurrent import RecurrentBase
 
 PAIRS: tuple[tuple[type[nn.RNNBase], type[nn.RNNBase]], ...] = (
     (nn.RNN, RNN),
@@ -121,10 +122,14 @@ def _why_not(module: nn.Module, was: Any, classes: dict[Any, Any]) -> str:
     """Why a recurrent module cannot be converted; empty if it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit has compiled it; convert the model before"
-    if was in classes.values():
+    if was in classes.values() or (was is Recurrent and RNN in classes.values()):
         return "it is one already"
+    if was is Recurrent:
+        return "torch.nn has no module of any cell"
     if was not in classes:
         return "a subclass may do something else"
+    if isinstance(module, RecurrentBase) and module.regularisers:
+        return f"torch.nn has no {', '.join(module.regularisers)}"
     if "forward" in vars(module):
         return "its forward was replaced by another function"
     return ""
@@ -133,7 +138,7 @@ def _why_not(module: nn.Module, was: Any, classes: dict[Any, Any]) -> str:
 def _name(module: nn.Module, kind: Any) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return f"torch.jit {module.original_name}"
-    for theirs, ours in PAIRS:
+    for theirs, ours in (*PAIRS, (None, Recurrent)):
         if kind in (theirs, ours):
             return f"{'rnn' if kind is ours else 'torch.nn'}.{kind.__name__}"
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,6 +1,5 @@
 """Which backend runs a layer, and why."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from .kernels.plan import plan
 
 try:
     from .kernels import launch as kernels
+    from .kernels.cells import has_tiles
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -44,6 +44,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool = False,
+    regularised: bool = False,
 ) -> Plan | NoPlan:
     """The plan of the fused kernels, or why PyTorch runs the recurrence instead.
 
@@ -53,19 +54,22 @@ def choose(
         return NoPlan('backend="torch" was asked for')
     limits = _limits(backend, dtype, device)
     chosen: Plan | NoPlan
-    if isinstance(limits, NoPlan):
+    if cell.across:
+        chosen = NoPlan(f"a step of {cell.name} {cell.across}; the kernels take pointwise steps")
+    elif isinstance(limits, NoPlan):
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")
+    elif not has_tiles(cell):
+        chosen = NoPlan(f"the cell {cell.name} has no tiles in kernels/cells.py")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
+        sizes = hidden_size, batch, directions
+        layer = Layer(*numbers, *sizes, dtype, tf32_allowed(), packed, regularised)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
-        why = kernels.unavailable.get(chosen)
-        if why is not None and chosen.otherwise is not None:
-            chosen = replace(chosen.otherwise, why=why)
-        chosen = _unavailable.get(chosen, chosen)
+        available = kernels.available(chosen)
+        chosen = _unavailable.get(chosen) or _unavailable.get(available) or available
     if backend == "triton" and isinstance(chosen, NoPlan):
         raise RuntimeError(f'backend="triton" cannot run here: {chosen.why}')
     return chosen

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import CELLS
+from .cells import CELLS, Cell, cell_of
 from .dispatch import BACKENDS, Backend
 from .layer import Spec
 from .run import run, values_are_hidden
@@ -46,7 +46,7 @@ def recurrence(
     weight_hh: Tensor,
     params: tuple[Tensor, ...] = (),
     *,
-    cell: str,
+    cell: str | Cell,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
@@ -58,12 +58,14 @@ def recurrence(
         x_gates: W_ih x + b_ih + b_hh of all steps, (T, B, G*H), T >= 1; any strides. G is the
             number of gates: 1 for "rnn_tanh" and "rnn_relu", 3 for "gru", 4 for "lstm", in the
             order of torch.nn (r, z, n; i, f, g, o).
-        h0: (B, H), the state before the first step; for "lstm" the pair (h0, c0).
+        h0: (B, H), the state before the first step; for "lstm" the pair (h0, c0), for any cell of
+            several states a tuple of them, h first.
         weight_hh: (G*H, H).
         params: what the cell has besides, each (H,): for "gru" (b_hn,), the bias inside
-            r * (W_hn h + b_hn), which is then no part of x_gates.
+            r * (W_hn h + b_hn), which is then no part of x_gates; for any cell those that its
+            `params` name.
         cell: "rnn_tanh" or "rnn_relu" (Elman, 1990), "gru" (Cho et al., 2014), "lstm"
-            (Hochreiter and Schmidhuber, 1997).
+            (Hochreiter and Schmidhuber, 1997), or any Cell of rnn.cells.CELLS.
         lengths: (B,), int32 or int64, any device. Row b is active while t < lengths[b]; an
             inactive step carries the state, outputs zero and passes no gradient. What x_gates
             holds there is not read.
@@ -86,7 +88,7 @@ def recurrence(
         ValueError: unknown cell or backend, dtypes that differ or are not floating, lengths of
             the wrong shape or out of range, resets of the wrong shape.
         TypeError: lengths or resets of the wrong dtype; h0 that is no tensor where the cell has
-            one state, or no pair where it has two.
+            one state, or no tuple of S where it has S.
         RuntimeError: shapes or devices that do not fit together, T = 0, backend="triton" where it
             cannot run (the message says why), or resets whose values are not at hand (traced).
 
@@ -96,19 +98,18 @@ def recurrence(
         >>> output.shape
         torch.Size([7, 3, 5])
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {sorted(CELLS)}, got {cell!r}")
+    kind = cell_of(cell)
+    name = kind.name
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    kind = CELLS[cell]
-    state0 = states_of(cell, h0)
+    state0 = states_of(kind, h0)
     if weight_hh.dim() not in (2, 3):
         raise RuntimeError(f"weight_hh must be 2-D or 3-D, got {weight_hh.dim()}-D")
     stacked = weight_hh.dim() == 3
     D, H, G = weight_hh.size(0) if stacked else 1, weight_hh.size(-1), kind.gates
     if D not in (1, 2) or H == 0 or weight_hh.size(-2) != G * H:
         raise RuntimeError(
-            f"weight_hh of {cell} must be ({G} * H, H), or (directions, {G} * H, H) for one or "
+            f"weight_hh of {name} must be ({G} * H, H), or (directions, {G} * H, H) for one or "
             f"two directions, got {tuple(weight_hh.shape)}"
         )
     if x_gates.dim() != 3 or x_gates.size(0) == 0 or x_gates.size(2) != D * G * H:
@@ -118,15 +119,15 @@ def recurrence(
     T, B, _ = x_gates.shape
     lead = (D,) if stacked else ()
     if len(params) != len(kind.params):
-        raise RuntimeError(f"{cell} has the params {kind.params}, got {len(params)} tensors")
+        raise RuntimeError(f"{name} has the params {kind.params}, got {len(params)} tensors")
     named = {"x_gates": x_gates, "weight_hh": weight_hh, **dict(zip(kind.params, params))}
-    for name, state in zip(STATE_NAMES, state0):
-        named[name] = state
+    for label, state in zip(state_names(kind), state0):
+        named[label] = state
         if tuple(state.shape) != (*lead, B, H):
-            raise RuntimeError(f"{name} must be {(*lead, B, H)}, got {tuple(state.shape)}")
-    for name, param in zip(kind.params, params):
+            raise RuntimeError(f"{label} must be {(*lead, B, H)}, got {tuple(state.shape)}")
+    for label, param in zip(kind.params, params):
         if tuple(param.shape) != (*lead, H):
-            raise RuntimeError(f"{name} must be {(*lead, H)}, got {tuple(param.shape)}")
+            raise RuntimeError(f"{label} must be {(*lead, H)}, got {tuple(param.shape)}")
     if not x_gates.is_floating_point():
         raise ValueError(f"x_gates must be of a floating dtype, got {x_gates.dtype}")
     if len({t.dtype for t in named.values()}) > 1:
@@ -140,7 +141,7 @@ def recurrence(
         )
     if lengths is not None:
         check_lengths(lengths, T, B)
-    spec = Spec(cell, D, reverse, input_product=False, stacked=stacked)
+    spec = Spec(name, D, reverse, input_product=False, stacked=stacked)
     each = zip(weight_hh, *params) if stacked else [(weight_hh, *params)]
     tensors = (*state0, *(w for direction in each for w in direction))
     lengths = own_lengths(lengths, T, x_gates.device)
@@ -163,16 +164,22 @@ def recurrence(
     return output, state_n[0] if kind.states == 1 else state_n
 
 
-STATE_NAMES = ("h0", "c0")
+def state_names(cell: Cell) -> tuple[str, ...]:
+    """What errors call the states before the first step."""
+    if cell.states == 1:
+        return ("h0",)
+    if cell is CELLS["lstm"]:
+        return "h0", "c0"
+    return tuple(f"h0[{k}]" for k in range(cell.states))
 
 
-def states_of(cell: str, h0: State) -> tuple[Tensor, ...]:
+def states_of(cell: Cell, h0: State) -> tuple[Tensor, ...]:
     """The states of a cell as a tuple; raises TypeError where h0 does not hold them."""
-    states = CELLS[cell].states
+    states = cell.states
     if states == 1 and isinstance(h0, Tensor):
         return (h0,)
     if states > 1 and isinstance(h0, tuple | list) and len(h0) == states:
         if all(isinstance(s, Tensor) for s in h0):
             return tuple(h0)
-    want = "a Tensor" if states == 1 else f"the tuple ({', '.join(STATE_NAMES[:states])})"
-    raise TypeError(f"h0 of {cell} must be {want}, got {type(h0).__name__}")
+    want = "a Tensor" if states == 1 else f"the tuple ({', '.join(state_names(cell))})"
+    raise TypeError(f"h0 of {cell.name} must be {want}, got {type(h0).__name__}")

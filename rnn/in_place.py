@@ -1,6 +1,6 @@
 """The cells once more, in place, for the tuned PyTorch path. The equations are those of cells.py.
 
-A cell that has no form here runs as its equation, under autograd (rnn/reference.py).
+A cell that has no form here gets one from its step and VJP, whose results are copied (by_step).
 """
 
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .cells import Cell
 
 Tensors = list[Tensor]
 Range = tuple[int, int]
@@ -26,8 +28,11 @@ class InPlace(NamedTuple):
         returns further coefficients. d_x is d but for Cell.split.
     step_vjp_(d_h, d_states, d, d_x, coefficients): multiplies into d, the views that d_ranges
         names, and d_x, those of d_x_ranges; d_states are the gradients of the states beside h.
+        After the views of gates, d holds (n, H) for the gradient of each of Cell.own_params.
     past: the last coefficient times d_h is what reaches the previous h past W_hh.
     own_states: false where h lies in the buffer of the gates.
+    apart: the gates hold x_gates alone, `inner` is W_hh h of all gates, and what is to be saved
+        is written into `new`, after the states.
     """
 
     step_ranges: tuple[Range, ...]
@@ -38,6 +43,7 @@ class InPlace(NamedTuple):
     d_x_ranges: tuple[Range, ...] = ()
     past: bool = False
     own_states: bool = True
+    apart: bool = False
 
 
 def tanh_step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
@@ -157,3 +163,48 @@ IN_PLACE = {
         lstm_step_vjp_,
     ),
 }
+
+
+def by_step(cell: Cell, params: tuple[Tensor, ...]) -> InPlace:
+    """The form of any cell: its own step and VJP on one step at a time."""
+    S = cell.states
+
+    def step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
+        assert inner is not None
+        h_gates = inner.chunk(cell.gates, 1)
+        state, saved = cell.step(tuple(gates), h_gates, tuple(prev), params)
+        put((*state, *saved), new)
+
+    def keep(states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors) -> Tensors:
+        return [*states, *prev, *saved, states[0].new_ones(()).expand_as(states[0])]
+
+    def step_vjp_(
+        d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
+    ) -> None:
+        state, prev, saved = coefficients[:S], coefficients[S : 2 * S], coefficients[2 * S : -1]
+        d_x_gates, d_h_gates, d_prev, d_params = cell.step_vjp(
+            (d_h, *d_states), tuple(prev), tuple(state), tuple(saved), params
+        )
+        put((*d_h_gates, *d_params[len(cell.inner_bias) :]), d)
+        put(tuple(d_x_gates[k] for k in cell.split), d_x)
+        if S > 1:  # one may be another one's old gradient
+            d_prev = tuple(x if x is None else x.clone() for x in d_prev)
+        put(d_prev, [d_h, *d_states])
+
+    each = tuple((k, k + 1) for k in range(cell.gates))
+    split = tuple((k, k + 1) for k in cell.split)
+    return InPlace(each, step_, keep, each, step_vjp_, split, past=True, apart=True)
+
+
+def put(results: tuple[Tensor | None, ...], places: Tensors) -> None:
+    """Copy results where they belong; None is zero."""
+    for x, place in zip(results, places, strict=True):
+        if x is None:
+            place.zero_()
+        else:
+            place.copy_(x)
+
+
+def form_of(cell: Cell, params: tuple[Tensor, ...]) -> InPlace:
+    """How the tuned PyTorch path runs a cell with these params."""
+    return IN_PLACE.get(cell.name) or by_step(cell, params)

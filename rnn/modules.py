@@ -1,4 +1,4 @@
-"""Modules that drop in for those of torch.nn."""
+"""Modules that drop in for those of torch.nn, and the one of any cell."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import CELLS, Cell
-from .checked import compute_dtype
+from . import layer_norm
+from .cells import Cell, cell_of
+from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
 from .nested import Nested
-from .recurrent import Recurrent
+from .recurrent import RecurrentBase
 
 
-class RNN(Recurrent[Tensor]):
+class RNN(RecurrentBase[Tensor]):
     """A stack of Elman layers, h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), in place of
     torch.nn.RNN: the same constructor, parameters, state_dict, forward, results and errors.
 
@@ -30,6 +31,22 @@ class RNN(Recurrent[Tensor]):
             and computes K steps anew at a time, by torch.utils.checkpoint. The gradient is not
             truncated. The least memory is at K near sqrt(T); it costs a second forward pass.
             The attribute may be changed at any time.
+        recurrent_dropout: p in [0, 1]; in training W_hh takes m * h_{t-1}, where each unit of m is
+            0 with probability p, else 1 / (1 - p). A call draws one mask for each layer, direction
+            and sequence, for all of its steps (Gal and Ghahramani, A theoretically grounded
+            application of dropout in recurrent neural networks, 2016). Where a cell reads h_{t-1}
+            past W_hh, as in z * h_{t-1} of the GRU, it is not dropped.
+        zoneout: p in [0, 1], of an LSTM also the pair for h and c; in training each unit of a
+            state keeps its old value with probability p, anew at each step, and in evaluation
+            state_t = p * state_{t-1} + (1 - p) * new (Krueger et al., Zoneout, 2017).
+        recurrent_grad_clip: None, or c > 0; what step t hands to the gradient of h_{t-1} is clamped
+            to [-c, c], element by element, before the gradient of output_{t-1} is added and step
+            t - 1 uses the sum. The gradient of c_{t-1} is not touched. Compare Graves, Generating
+            sequences with recurrent neural networks, 2013, who clamps at the gates, as Lasagne's
+            grad_clipping does.
+
+    Masks are drawn by torch's generator of the device, before the loop: one seed gives the same
+    ones on each backend. The attributes of these names may be changed at any time, too.
 
     Beside the drop-in: backward works in eval mode on every device, `lengths` replaces packing,
     and a second derivative can be taken.
@@ -54,7 +71,7 @@ class RNN(Recurrent[Tensor]):
         self.nonlinearity = nonlinearity
 
 
-class GRU(Recurrent[Tensor]):
+class GRU(RecurrentBase[Tensor]):
     """A stack of gated recurrent units, in place of torch.nn.GRU:
 
         r = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
@@ -65,7 +82,10 @@ class GRU(Recurrent[Tensor]):
     Args:
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, device=None, dtype=None: as of torch.nn.GRU.
-        backend, checkpoint_every: as of rnn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised GRU of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
     form of torch.nn.GRU.
@@ -76,12 +96,15 @@ class GRU(Recurrent[Tensor]):
         (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
         _refuse_projection(kwargs)
-        super().__init__("GRU", *args, backend=backend, **kwargs)
+        mode, args = _normed("GRU", args, kwargs) if layer_norm else ("GRU", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
 
 
-class LSTM(Recurrent[tuple[Tensor, Tensor]]):
+class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
     """A stack of long short-term memory layers, in place of torch.nn.LSTM:
 
         i, f, o = sigmoid(W_i. x_t + b_i. + W_h. h_{t-1} + b_h.)   each with weights of its own
@@ -93,7 +116,10 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]]):
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, proj_size=0, device=None, dtype=None: as of torch.nn.LSTM. With
             proj_size, PyTorch's own operator runs, which has no checkpoint_every.
-        backend, checkpoint_every: as of rnn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised LSTM of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Its state is the pair (h, c), in and out.
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.
@@ -104,8 +130,94 @@ class LSTM(Recurrent[tuple[Tensor, Tensor]]):
         (torch.Size([3, 6, 7]), torch.Size([1, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, backend=backend, **kwargs)
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
+        mode, args = _normed("LSTM", args, kwargs) if layer_norm else ("LSTM", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
+
+
+class Recurrent(RecurrentBase[Any]):
+    """A stack of layers of any cell, state_t = step(x_t, W_hh h_{t-1}, state_{t-1}), of which RNN,
+    GRU and LSTM are cases.
+
+    Args:
+        cell: a Cell of rnn.cells.CELLS, with G gates and S states.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
+            dtype: as of torch.nn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+
+    The weights bear torch's names: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0 and
+    bias_hh_l0 (G*H,), drawn from [-1/sqrt(H), 1/sqrt(H)]; the reverse direction's end in _reverse.
+    In each layer and direction the cell's own params follow, named as in `leak_l0`, (H,), with the
+    initial values that the cell gives. The state is a Tensor (L*D, B, H) where S is 1, else a tuple
+    of S of them, h first.
+
+    What an operator of torch.nn does, other cells than torch.nn's lack: torch.jit.script and
+    rnn.convert refuse them, and torch.jit.trace unrolls the steps, so that what was traced holds
+    for that number of steps alone. A module that is unpickled needs its cell in CELLS before.
+
+    Raises:
+        TypeError: cell is no Cell. ValueError: it is not the one that CELLS has under its name.
+
+    Example:
+        >>> model = rnn.Recurrent(rnn.cells.CELLS["gru"], 5, 7, bidirectional=True)
+        >>> output, h_n = model(torch.randn(6, 3, 5))
+        >>> output.shape, h_n.shape
+        (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Backend = "auto",
+        checkpoint_every: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_grad_clip: float | None = None,
+    ) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be a Cell, got {type(cell).__name__}")
+        super().__init__(
+            mode_of(cell_of(cell)),
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            checkpoint_every=checkpoint_every,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            recurrent_grad_clip=recurrent_grad_clip,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.cell}, {super().extra_repr()}"
+
+
+def _normed(mode: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, tuple]:
+    """The mode of the layer-normalised form, and the arguments without b_ih and b_hh."""
+    bias = args[3] if len(args) > 3 else kwargs.pop("bias", True)
+    if not bias or kwargs.get("proj_size"):
+        raise ValueError("layer_norm=True needs bias=True and proj_size=0")
+    kwargs |= {} if len(args) > 3 else {"bias": False}
+    layer_norm.register()
+    return layer_norm.NORMED[mode].name, (*args[:3], *(False for _ in args[3:4]), *args[4:])
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
@@ -113,7 +225,7 @@ def _refuse_projection(kwargs: dict[str, Any]) -> None:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
-MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
+MODULES: dict[str, Callable[..., RecurrentBase]] = {  # of each cell, by its name
     "rnn_tanh": partial(RNN, nonlinearity="tanh"),
     "rnn_relu": partial(RNN, nonlinearity="relu"),
     "gru": GRU,
@@ -121,8 +233,17 @@ MODULES: dict[str, Callable[..., Recurrent]] = {  # of each cell, by its name
 }
 
 
+def module_of(cell: str | Cell) -> Callable[..., RecurrentBase]:
+    """The module of a cell: of MODULES by its name, else rnn.Recurrent of the Cell itself."""
+    if isinstance(cell, Cell):
+        return partial(Recurrent, cell)
+    if cell not in MODULES:
+        raise ValueError(f"cell must be one of {sorted(MODULES)} or a Cell, got {cell!r}")
+    return MODULES[cell]
+
+
 def explain(
-    module: Recurrent,
+    module: RecurrentBase,
     input: Tensor | PackedSequence,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
@@ -130,11 +251,11 @@ def explain(
     """Say for each layer which backend runs for this call, with the plan or the reason.
 
     Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
-    cannot run among it; TypeError for another module than rnn.RNN, rnn.GRU and rnn.LSTM.
+    cannot run among it; TypeError for another module than rnn.RNN, GRU, LSTM and Recurrent.
     """
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, RecurrentBase):
         raise TypeError(
-            "explain takes an rnn.RNN, rnn.GRU or rnn.LSTM (of a pattern, its .rnn), got "
+            "explain takes an rnn.RNN, GRU, LSTM or Recurrent (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
     if isinstance(input, Tensor) and input.is_nested:
@@ -147,9 +268,8 @@ def explain(
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"
-    cell: Cell = CELLS[module.cell]
-    D, dtype = module.directions, compute_dtype(p.x)
-    how = D, dtype, p.x.device, p.packed is not None
-    plan = choose(module.backend, cell, module.hidden_size, p.batch, *how)
+    spec, dtype = module._spec(p, None), compute_dtype(p.x)
+    how = module.directions, dtype, p.x.device, p.packed is not None, spec.regularised
+    plan = choose(module.backend, spec.stored_cell, module.hidden_size, p.batch, *how)
     name = "torch" if isinstance(plan, NoPlan) else "triton"
     return "\n".join(f"layer {layer}: {name}: {plan}" for layer in range(module.num_layers))

@@ -11,7 +11,8 @@ Sequences are time-major, (T, B, ...), as by default in torch.nn.RNN. In the dra
 from left to right, `->` is W_hh, an input goes up through W_ih, and a state goes up through W_hy.
 
 Arguments that all constructors share:
-    cell: a name in rnn.modules.MODULES, such as "rnn_tanh" or "rnn_relu".
+    cell: a name in rnn.modules.MODULES, such as "rnn_tanh" or "lstm", or any Cell, as of
+        rnn.Recurrent.
     embedding: None if the inputs are vectors of input_size features. A width if they are symbols,
         int64 in [0, input_size): each is then embedded into a vector of that width.
     num_layers, bidirectional, dropout, bias, backend, device, dtype: as in rnn.RNN.
@@ -27,20 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cells import Cell
 from .functional import check_lengths
 from .generation import Generated, State, evaluating, generate
-from .modules import MODULES
-from .recurrent import Recurrent
+from .modules import module_of
+from .recurrent import RecurrentBase
 
 IGNORED = -100  # a label that the loss leaves out
 
 
-def recurrent(cell: str, input_size: int, hidden_size: int, options: dict[str, Any]) -> Recurrent:
-    if cell not in MODULES:
-        raise ValueError(f"cell must be one of {sorted(MODULES)}, got {cell!r}")
+def recurrent(
+    cell: str | Cell, input_size: int, hidden_size: int, options: dict[str, Any]
+) -> RecurrentBase:
     if options.get("batch_first"):
         raise ValueError("the patterns take (T, B, ...): batch_first is not supported")
-    return MODULES[cell](input_size, hidden_size, **options)
+    return module_of(cell)(input_size, hidden_size, **options)
 
 
 def placement(options: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class Pattern(nn.Module):
         hidden_size: int,
         outputs: int,
         *,
-        cell: str = "rnn_tanh",
+        cell: str | Cell = "rnn_tanh",
         embedding: int | None = None,
         **options: Any,
     ) -> None:
@@ -215,7 +217,7 @@ class OneToMany(nn.Module):
         *,
         end: int = 0,
         symbol_size: int = 64,
-        cell: str = "rnn_tanh",
+        cell: str | Cell = "rnn_tanh",
         embedding: int | None = None,
         **options: Any,
     ) -> None:
@@ -301,7 +303,7 @@ class EncoderDecoder(nn.Module):
         *,
         end: int = 0,
         symbol_size: int = 64,
-        cell: str = "rnn_tanh",
+        cell: str | Cell = "rnn_tanh",
         embedding: int | None = None,
         bidirectional: bool = False,
         **options: Any,

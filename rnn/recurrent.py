@@ -8,48 +8,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .by_operator import ByOperator
 from .cells import CELLS
-from .checked import MODES, Checked, Prepared, batch_of_packed, compute_dtype
+from .checked import Prepared, batch_of_packed, compute_dtype
 from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS, Backend
 from .functional import State
-from .kernels.limits import NoPlan
 from .layer import Spec
 from .nested import Nested
-from .operators import Stack, run_stack, why_faster
-from .padding import pays, run_padded_lstm
-from .run import can_be_op, needs_plain_operations, run, values_are_hidden
+from .regularisers import (
+    check_grad_clip,
+    check_probability,
+    check_zoneout,
+    draw_h_mask,
+    draw_keep,
+    of_each_state,
+)
+from .run import run, transformed, values_are_hidden
 from .segments import Segments, check_resets
 
 S = TypeVar("S")  # the type of a module's state: Tensor, or of an LSTM the pair
 
 
-def exported_with_fixed_steps(p: Prepared) -> bool:
-    """Whether torch.export is tracing a call whose number of steps is no symbol."""
-    if not torch.compiler.is_exporting():
-        return False
-    # It imports sympy, so it is asked where torch.export has done so.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return p.packed is None and has_static_value(p.x.size(1 if p.batch_first else 0))
-
-
-def have_own_operators(tensors: tuple[Any, ...]) -> bool:
-    """Whether the class of one says by itself what torch's functions do with it."""
-    if not torch.overrides.has_torch_function(tensors):
-        return False
-    if torch.compiler.is_compiling():  # under a mode of the tracer's, everything has
-        return False
-    common: Any = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
-    owns: list[Any] = [type(t).__torch_function__ for t in tensors]
-    return any(getattr(own, "__func__", own) not in (common[0].__func__, common[1]) for own in owns)
-
-
-class Recurrent(Checked, Generic[S]):
+class RecurrentBase(ByOperator, Generic[S]):
     """The base of rnn.RNN, rnn.GRU and rnn.LSTM, as torch.nn.RNNBase is of torch.nn's."""
 
     backend: Backend = "auto"  # of instances that were pickled as torch.nn's
     checkpoint_every: int | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
+    recurrent_grad_clip: float | None = None
 
     def __init__(
         self,
@@ -57,6 +45,9 @@ class Recurrent(Checked, Generic[S]):
         *args: Any,
         backend: Backend = "auto",
         checkpoint_every: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_grad_clip: float | None = None,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -64,31 +55,23 @@ class Recurrent(Checked, Generic[S]):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
         self.checkpoint_every = check_checkpoint_every(checkpoint_every, self.proj_size)
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = check_zoneout(zoneout, CELLS[self.cell].states)
+        self.recurrent_grad_clip = check_grad_clip(recurrent_grad_clip)
+        if self.proj_size and self.regularisers:
+            names = ", ".join(self.regularisers)
+            raise ValueError(f"{names} needs proj_size=0, got proj_size={self.proj_size}")
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
 
     def extra_repr(self) -> str:
         every = self.checkpoint_every
-        more = "" if every is None else f", checkpoint_every={every}"
-        return super().extra_repr() + f", backend={self.backend}" + more
-
-    def __prepare_scriptable__(self) -> torch.nn.RNNBase:
-        """torch.jit.script compiles torch.nn's module in place of this one, on the same weights."""
-        twin = MODES[self.mode].twin(
-            self.input_size,
-            self.hidden_size,
-            num_layers=self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            device="meta",
-            **({"proj_size": self.proj_size} if self.proj_size else {}),
+        said = (
+            self.regularisers if every is None else self.regularisers | {"checkpoint_every": every}
         )
-        for name in self._flat_weights_names:
-            setattr(twin, name, getattr(self, name))
-        return twin.train(self.training)
+        more = "".join(f", {name}={value}" for name, value in said.items())
+        return super().extra_repr() + f", backend={self.backend}" + more
 
     @overload
     def forward(
@@ -162,7 +145,7 @@ class Recurrent(Checked, Generic[S]):
             return True
         if not isinstance(input, PackedSequence):
             return input.is_nested
-        in_graph = batch_of_packed(input, hx) and can_be_op(self.cell)
+        in_graph = batch_of_packed(input, hx) and not transformed()
         return not in_graph or self.checkpoint_every is not None
 
     def step(self, x_t: Tensor, state: S | None = None) -> tuple[Tensor, S]:
@@ -208,7 +191,7 @@ class Recurrent(Checked, Generic[S]):
         resets: Tensor | None = None,
     ) -> tuple[Any, Any]:
         p = self._prepare(input, hx, lengths)
-        if type(self).check_forward_args is not Recurrent.check_forward_args:
+        if type(self).check_forward_args is not RecurrentBase.check_forward_args:
             self._check_as_the_subclass_asks(p)
         output: Any
         output, state_n = self._run(p) if resets is None else self._in_segments(p, resets)
@@ -304,68 +287,16 @@ class Recurrent(Checked, Generic[S]):
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def why_pytorchs_operator(self, p: Prepared) -> str:
-        """Why torch.nn's own operator runs the whole call; empty where rnn's layers do."""
-        why = ""
-        if self.proj_size:
-            why = "proj_size: no layer of ours has a projection"
-        elif p.lengths is None and exported_with_fixed_steps(p):
-            why = "torch.export takes the operator that other programs know"
-        elif p.lengths is None and torch._C._get_tracing_state() is not None:
-            why = "torch.jit.trace and ONNX know this operator"
-        elif p.lengths is None and have_own_operators((p.x, *(p.state0 or ()), *p.weights)):
-            why = "a tensor is of a class with operators of its own (per-sample gradients)"
-        elif self.backend == "auto" and p.lengths is None:
-            why = self._why_operator_is_faster(p)
-        if why and self.backend == "triton":
-            raise RuntimeError(f'backend="triton" cannot run here: {why}')
-        return why
-
-    def _projects_in_a_graph(self, p: Prepared) -> bool:
-        """A graph gets our op, which runs PyTorch's operator: traced, that unrolls its steps."""
-        return (
-            self.proj_size > 0
-            and torch.compiler.is_compiling()
-            and not exported_with_fixed_steps(p)
-        )
-
-    def _why_operator_is_faster(self, p: Prepared) -> str:
-        """In a graph that is compiled each layer decides, when it runs and its steps are known."""
-        x = p.x
-        if torch.compiler.is_compiling() or compute_dtype(x) != x.dtype:
-            return ""
-        if self.checkpoint_every is not None and torch.is_grad_enabled():
-            return ""
-        differentiated = (x, *(p.state0 or ()), *p.weights)
-        if needs_plain_operations(self.cell, NoPlan(""), differentiated):
-            return ""
-        trained = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
-        if p.packed is None:
-            T = x.size(1 if p.batch_first else 0)
-        elif self.mode == "LSTM":
-            sizes = p.packed.batch_sizes.tolist()
-            if self.bidirectional and p.state0 is not None:  # past the padding lies hx
-                return ""
-            if not pays(sizes, self.hidden_size, trained):
-                return ""
-            T = len(sizes)
-        elif trained:  # 1.1 to 3 times slower on packed rows than on padded ones
-            return ""
-        else:
-            T = len(p.packed.batch_sizes)
-        return why_faster(self.cell, p.weights[1], T, p.batch, trained)
-
     def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer by layer on this library's backends."""
-        cell, D = CELLS[self.cell], self.directions
+        D = self.directions
         x, dtype = p.x, compute_dtype(p.x)
         x = x if x.dtype == dtype else x.to(dtype)
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
         sizes = None
         if batch_sizes is not None and not torch.compiler.is_compiling():
             sizes = tuple(batch_sizes.tolist())
-        projected = self.proj_size > 0
-        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
+        spec = self._spec(p, sizes)
         run_layer, last = run, []
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             run_layer = partial(run_in_pieces, self.checkpoint_every)
@@ -376,7 +307,7 @@ class Recurrent(Checked, Generic[S]):
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
             weights = self._layer_weights(p, layer, dtype)
-            tensors = (*state0, *weights)
+            tensors = (*state0, *self._masks(spec, x, p.batch), *weights)
             x, state_n = run_layer(spec, self.backend, x, p.lengths, tensors, batch_sizes)
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
@@ -385,12 +316,15 @@ class Recurrent(Checked, Generic[S]):
             return x, last[0]
         return x, tuple(torch.cat(states) for states in zip(*last))
 
-    def _zeros(self, x: Tensor, layers: int, batch: int) -> tuple[Tensor, ...]:
-        """The states that a call without hx starts from."""
-        h = x.new_zeros(layers, batch, self.proj_size or self.hidden_size)
-        if CELLS[self.cell].states == 1:
-            return (h,)
-        return h, x.new_zeros(layers, batch, self.hidden_size) if self.proj_size else h
+    def _masks(self, spec: Spec, x: Tensor, batch: int) -> list[Tensor]:
+        """Those of a layer whose input is x, by torch's generator on its device."""
+        masks, D, H = [], self.directions, self.hidden_size
+        if spec.h_mask:
+            masks.append(draw_h_mask(self.recurrent_dropout, x, D, batch, H))
+        if spec.zoneout:
+            zoneout = of_each_state(self.zoneout, CELLS[self.cell].states)
+            masks.append(draw_keep(zoneout, x, D, H, self.training))
+        return masks
 
     def _layer_weights(self, p: Prepared, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """The weights of a layer, direction by direction, in the dtype of the computation."""
@@ -398,29 +332,10 @@ class Recurrent(Checked, Generic[S]):
         weights = p.weights[layer * each : (layer + 1) * each]
         return [w if w.dtype == dtype else w.to(dtype) for w in weights]
 
-    def _by_operator(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers by PyTorch's own operator."""
-        state0 = p.state0 or self._zeros(p.x, self.num_layers * self.directions, p.batch)
-        stack = Stack(
-            self.cell,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            p.batch_first,
-        )
-        batch_sizes = None if p.packed is None else p.packed.batch_sizes
-        if batch_sizes is not None and self.mode == "LSTM" and not self.proj_size:
-            if self.backend == "auto" and self._why_operator_is_faster(p):
-                sizes = batch_sizes.tolist()
-                return run_padded_lstm(stack, p.x, sizes, state0, p.weights)
-        return run_stack(stack, p.x, batch_sizes, p.lengths, state0, p.weights)
-
 
 @torch._disable_dynamo
 def _packed_rows_run_outside_of_graphs(
-    module: Recurrent, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None
+    module: RecurrentBase, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None
 ) -> tuple[Any, Any]:
     """Of sequences whose number is data, packed or cut by resets: a graph cannot make states."""
     return module.forward(input, hx, lengths=lengths, resets=resets)

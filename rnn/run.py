@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from . import dispatch, ops
 from .autograd import Call, Recurrence
 from .cells import CELLS
-from .in_place import IN_PLACE
-from .kernels.limits import KernelUnavailable, NoPlan, Plan
+from .kernels.limits import KernelUnavailable, Plan
 from .layer import Spec, plain
 
 
@@ -26,16 +25,13 @@ def values_are_hidden(tensors: Sequence[Any]) -> bool:
     return any(isinstance(x, Tensor) and (x.is_meta or isinstance(x, FakeTensor)) for x in tensors)
 
 
-def needs_plain_operations(cell: str, plan: Plan | NoPlan, tensors: Sequence[Any]) -> bool:
-    """Whether every operation must be seen: where values are hidden, and in forward mode. Or the
-    cell has no form in place."""
+def needs_plain_operations(tensors: Sequence[Any]) -> bool:
+    """Whether every operation must be seen: where values are hidden, and in forward mode."""
     if values_are_hidden(tensors):
         return True
-    if forward_ad._current_level >= 0 and any(
+    return forward_ad._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        return True
-    return isinstance(plan, NoPlan) and cell not in IN_PLACE
+    )
 
 
 def under_other_transforms_than_grad() -> bool:
@@ -44,14 +40,9 @@ def under_other_transforms_than_grad() -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work."""
+    """Whether torch.func or forward-mode derivatives are at work: a layer that is traced is then
+    its equation, and no op."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def can_be_op(cell: str) -> bool:
-    """Whether a layer that is traced is one op. A cell without a form in place is its equation,
-    and so is every cell under the transforms of torch.func."""
-    return cell in IN_PLACE and not transformed()
 
 
 def run(
@@ -63,14 +54,14 @@ def run(
     batch_sizes: Tensor | None = None,  # of packed x in a graph, in place of spec.sizes
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer on tensors that were checked before: output and the last states."""
-    cell, S = CELLS[spec.cell], CELLS[spec.cell].states
+    cell, S = spec.stored_cell, CELLS[spec.cell].states
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    if torch.compiler.is_compiling() and can_be_op(spec.cell):
+    if torch.compiler.is_compiling() and not transformed():
         return ops.run_as_op(spec, backend, x, lengths, batch_sizes, tensors, save)
     hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
-    how = spec.directions, x.dtype, x.device, spec.sizes is not None
+    how = spec.directions, x.dtype, x.device, spec.sizes is not None, spec.regularised
     plan = dispatch.choose(backend, cell, hidden, batch, *how)
-    if needs_plain_operations(spec.cell, plan, (x, *tensors)):
+    if needs_plain_operations((x, *tensors)):
         if backend == "triton":
             raise RuntimeError(
                 'backend="triton" cannot run under vmap, forward-mode derivatives, tracing or on '

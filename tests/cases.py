@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import rnn
 from rnn import reference
 from rnn.cells import CELLS
 
@@ -81,13 +82,16 @@ def problem(case: Case, seed: int = 0) -> Problem:
         # Away from the kink, where rounding would decide between a gradient and none: W_hh h is
         # kept smaller than x_gates.
         x_gates, weight_hh = x_gates + x_gates.sign(), weight_hh / 16
+    state0 = [randn(D, B, H) for _ in range(cell.states)]
+    if case.cell.startswith("slstm"):
+        state0[2] = state0[2].abs() + 1  # h is divided by it
     lengths = None
     if case.ragged:
         lengths = torch.randint(0, T + 1, (B,), generator=generator)
         lengths[0], lengths[-1] = 0, T
     return Problem(
         x_gates.bfloat16().double(),
-        tuple(randn(D, B, H) for _ in range(cell.states)),
+        tuple(state0),
         weight_hh.bfloat16().double(),
         tuple(randn(D, H) for _ in cell.params),
         lengths,
@@ -162,3 +166,26 @@ def assert_close_to_float64(
         error = worst(results[name], want)
         bound = 2 * worst(in_dtype[name], want) + (floor or FLOOR[dtype]) * scale
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
+
+
+def run(case: Case, p, backend: str) -> dict:
+    """All results of rnn.recurrence by name."""
+    leaves = leaves_of(case, p)
+    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
+    output, state_n = rnn.recurrence(
+        x_gates,
+        state0[0] if len(state0) == 1 else state0,
+        weight_hh,
+        params,
+        cell=case.cell,
+        lengths=p.lengths,
+        reverse=case.reverse,
+        backend=backend,
+    )
+    state_n = state_n if len(state0) > 1 else (state_n,)
+    return differentiate(p, output, state_n, leaves)
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device: str, floor=None) -> None:
+    results = run(case, problem(case).to(dtype, device), backend)
+    assert_close_to_float64(case, results, dtype, floor)

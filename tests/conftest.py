@@ -89,3 +89,33 @@ def fresh_compiler():
     dynamo.utils.counters.clear()
     yield
     dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory):
+    """A test may derive cells: they are no part of the tables that other tests read, and their
+    files lie in a folder of their own. Returns that folder."""
+    from rnn import cells, dispatch
+
+    tables = [cells.CELLS]
+    if dispatch.kernels is not None:
+        from rnn.kernels import cells as tiles
+
+        tables.append(tiles.CELLS)
+    before, folder = [dict(table) for table in tables], tmp_path_factory.mktemp("derived")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        yield folder / "fused_rnn"
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.fixture(scope="module")
+def gallery(derived):
+    """The module rnn.gallery, with its cells in the table."""
+    from rnn import gallery
+    from rnn.cells import CELLS
+
+    CELLS.update((cell.name, cell) for cell in gallery.GALLERY)
+    return gallery

@@ -6,18 +6,20 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from bench import compiled as tool
 from bench.compiled import Job
-from bench.machine_code import CodeLoop, IrLoop, parse_code, parse_resources, parse_ttgir
+from bench.machine_code import CodeLoop, parse_code, parse_resources, parse_ttgir
 from rnn.cells import CELLS
-from rnn.kernels.chips import CHIPS
 from rnn.kernels.limits import NoPlan
 from rnn.kernels.plan import PortablePlan
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from rnn.kernels import launch
 
 # -------------------------------------------------------------------------- the library's kernels
 
@@ -26,12 +28,13 @@ JOBS = [
     *(Job(t, cell, 64, "bfloat16") for t in NVIDIA for cell in CELLS),
     *(Job(t, "gru", 384, "bfloat16", "padded") for t in NVIDIA),
     *(Job(t, "lstm", 768, "bfloat16", "packed") for t in NVIDIA),
-    *(Job("sm_80", "gru", 128, dtype) for dtype in ("float32", "float32-ieee")),
+    *(Job("sm_80", "gru", 128, dtype) for dtype in ("tf32", "float32")),
+    Job("sm_80", "gru", 64, "float32", batch=300),
     Job("sm_90", "rnn_tanh", 256, "bfloat16"),
     Job("sm_90", "rnn_tanh", 1024, "bfloat16", "padded"),
     Job("sm_90", "rnn_tanh", 1536, "bfloat16", "padded"),
     Job("sm_90", "rnn_relu", 201, "float16", "padded"),
-    Job("sm_90", "gru", 128, "float32"),
+    Job("sm_90", "gru", 128, "tf32"),
     Job("sm_90", "lstm", 512, "float16", "padded"),
     Job("sm_90", "lstm", 128, "bfloat16", "packed"),
     Job("sm_100", "gru", 64, "bfloat16"),
@@ -55,29 +58,21 @@ def rows(compiling):
     return found
 
 
-def compiler_fails(job, kernel):
-    """Triton's own fault: one of its passes fails on this kernel."""
-    return job.target == "gfx942" and kernel == "backward" and triton.__version__ < "3.8"
-
-
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(map(str, job[:-1])))
 def test_resident(job, rows):
     plan = job.plan()
     assert not isinstance(plan, NoPlan), plan
     assert [row["kernel"] for row in rows[job]] == ["forward", "backward"]
-    allowed = {"forward": {"x_gates"}, "backward": {"d_output", "output", "stored"}}
+    allowed = {"forward": {"x_gates"}, "backward": {"d_output", "output", "stored", "state0"}}
     shared = {"offsets"} if job.lengths == "packed" else set()
     portable = isinstance(plan, PortablePlan)
     shared |= {"flags", "exchange"} if portable and plan.slices > 1 else set()
     for row in rows[job]:
-        if compiler_fails(job, row["kernel"]):
-            fault = "this Triton cannot compile it: RuntimeError: PassManager::run failed"
-            assert row["verdict"] == fault
-            continue
         assert row["verdict"] == "resident"
         assert row["spill_B"] == 0 and row["mma"] > 0 and row["bar"] > 0
         assert row["SRAM_B"] <= plan.sram
-        assert set(row["loads"]) <= allowed[row["kernel"]] | shared
+        read = {name for names in row["loads"] for name in names.split("/")}
+        assert read <= allowed[row["kernel"]] | shared
         if row["engine"] == "Hopper":
             assert row["bar"] <= (4 if row["blocks"] > 1 else 2)
             assert (row["sent_B"] > 0) == (row["blocks"] > 1)
@@ -87,39 +82,40 @@ def test_resident(job, rows):
 @pytest.fixture(scope="module")
 def worker(compiling):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda function, *args, **changes: pool.submit(function, *args, **changes).result()
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def with_few_registers(job):
+    with mock.patch.object(launch, "most_registers", lambda num_warps: 32):
+        return tool.rows_of(job)
 
 
 def test_a_spill_fails(worker):
-    """One warp cannot hold the tiles of three gates in its registers."""
-    for row in worker(tool.rows_of, Job("sm_80", "gru", 64, "bfloat16"), num_warps=1):
+    for row in worker(with_few_registers, Job("sm_80", "gru", 64, "bfloat16")):
         assert row["spill_B"] > 0 and row["spill_instr"] > 0
         assert row["verdict"].startswith("spills; accesses a step: ")
 
 
 def versions(job, shapes):
-    """How many versions of each kernel are compiled for layers of T steps of B rows, and how many
-    plans there are, apart from the number of rows."""
-    seen, plans = {}, set()
+    """How many kernels are compiled for layers of T steps of B rows, all in tiles of one height."""
+    assert len({job._replace(batch=B).plan().block_b for _, B in shapes}) == 1
+    hashes = set()
     for T, B in shapes:
         job = job._replace(batch=B)
         kernels = tool.compile_launches(job.target, tool.training_step, job, job.plan(), T)
-        for name, kernel in kernels.items():
-            seen.setdefault(name, set()).add(kernel.hash)
-        plans.add(job.plan().block_b)
-    return {name: len(hashes) for name, hashes in seen.items()}, len(plans)
+        hashes |= {kernel.hash for kernel in kernels.values()}
+    return len(hashes)
 
 
 @pytest.mark.parametrize("lengths", tool.LENGTHS)
 def test_another_length_or_batch_compiles_nothing(lengths, worker):
-    job = Job("sm_90", "gru", 64, "bfloat16", lengths)
     shapes = [(1, 16), (2, 16), (16, 16), (17, 16), (5, 15), (5, 14)]
-    assert worker(versions, job, shapes) == ({"forward_kernel": 1, "backward_kernel": 1}, 1)
+    assert worker(versions, Job("sm_90", "gru", 64, "bfloat16", lengths), shapes) == 2
 
 
 def test_the_command(capsys, monkeypatch):
     """The exit status is that of the kernels; what the library leaves to torch is no failure."""
-    shape = ["--target", "sm_80", "--cell", "lstm", "--dtype", "float32-ieee", "--hidden", "4096"]
+    shape = ["--target", "sm_80", "--cell", "lstm", "--dtype", "float32", "--hidden", "4096"]
     command = [sys.executable, "-m", "bench.compiled", *shape]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -127,8 +123,7 @@ def test_the_command(capsys, monkeypatch):
     head = {"target": "sm_80", "cell": "lstm", "verdict": "spills; accesses a step: 3"}
     monkeypatch.setattr(tool, "rows_of_all", lambda jobs: [head])
     monkeypatch.setattr(sys, "argv", ["bench.compiled"])
-    assert tool.main() == 1
-    assert "0 of 1 kernels resident" in capsys.readouterr().out
+    assert tool.main() == 1 and "0 of 1 kernels resident" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------- the verdicts
@@ -148,24 +143,6 @@ def test_the_command(capsys, monkeypatch):
 def test_verdict(changes, verdict):
     row = {"loads": Counter(["x_gates"]), "W_hh_in": "registers", "SRAM_B": 10, "spill_B": 0}
     assert tool.judge(row | changes, sram_limit=20) == verdict
-
-
-@pytest.mark.parametrize(
-    ("by_l2", "changes", "clocks", "by"),
-    [
-        (False, {"shared_bytes": 2.0e6}, 2.0e6 / 128, "SRAM"),
-        (False, {}, 1e6 / 1024, "tensor"),
-        (False, {"bits": 32}, 1e6 / 512, "tensor"),
-        (False, {"issued": 2000}, 2000 * 8 / 4, "issue"),
-        (True, {"multiply_adds": 1.0}, 3 * 260, "L2"),
-    ],
-)
-def test_the_bound_is_the_largest_term(by_l2, changes, clocks, by):
-    figures = {"multiply_adds": 1e6, "shared_bytes": 64.0, "bits": 16, "issued": 200} | changes
-    code = CodeLoop(250, figures.pop("issued"), 8, 4, 0)
-    ir = IrLoop(loads=[], weights_in="shared memory", sent_bytes=0, **figures)
-    bound = tool.lower_bound(CHIPS["sm_80"], by_l2, 8, ir, code)
-    assert bound == (pytest.approx(clocks / 1.41), by)
 
 
 # --------------------------------------------------------------------------------- the parsers
@@ -200,8 +177,12 @@ TCGEN05 = (
 IN_TMEM = "%w = ttng.tmem_alloc %tiles : (tensor<64x64xbf16>) -> !ttg.memdesc<64x64xbf16, #tmem>"
 SELECT = "%r = arith.select %active, %r, %zero : tensor<64x64xi1>, tensor<64x64xbf16>"
 AGAIN = "%r = tt.load %p, %mask, %cst : tensor<64x64x!tt.ptr<bf16>, #blocked>"
-
-
+BUFFER = "%w = ttg.local_alloc : () -> !ttg.memdesc<1x64x64xbf16, #smem, mutable>"
+VIEW = "%v = ttg.memdesc_index %w[%c0] : !ttg.memdesc<1x64x64xbf16> -> !ttg.memdesc<64x64xbf16>"
+FILL = "ttg.local_store %tiles, %v : tensor<64x64xbf16> -> !ttg.memdesc<64x64xbf16, #smem>"
+REFILL = "%t = ttg.async_copy_global_to_local %p, %v mask %m : tensor<64x64x!tt.ptr<bf16>>"
+CARRIED = "%h = arith.truncf %tiles : tensor<64x64xf32> to tensor<64x64xbf16>"
+H_IN_SHARED = "%hs = ttg.local_alloc %acc : (tensor<64x16xf32>) -> !ttg.memdesc<64x16xf32>"
 DIRECT = (
     '%r = tt.elementwise_inline_asm "{ .reg .pred p; @p ld.global.b16 $0, [$1]; }" {constraints = '
     '"=h,l,r", packed_element = 1 : i32, pure = true} %p, %mask : tensor<64x64x!tt.ptr<bf16>> -> '
@@ -223,34 +204,25 @@ def ttgir(before, inside):
         ([ALLOC], [LOAD, SELECT, DOT], "shared memory"),
         ([], [AGAIN, DOT], "device memory"),
         ([], [DIRECT, DOT], "device memory"),
+        ([BUFFER, VIEW, FILL], [WGMMA], "shared memory"),
+        ([BUFFER, VIEW], [REFILL, WGMMA], "device memory"),
+        ([CARRIED], [DOT.replace("%r", "%h_1")], "registers"),
+        ([ALLOC, LOAD], [DOT, H_IN_SHARED, WGMMA.replace("%w", "%r")], "registers"),
+        ([], [DOT], "not found"),
     ],
-    ids=["mma", "wgmma", "hoisted", "tcgen05", "masked", "loaded-again", "loaded-by-ptx"],
+    ids="mma wgmma hoisted tcgen05 masked loaded-again loaded-by-ptx filled refilled carried "
+    "h-is-not-the-weights nowhere".split(),
 )
 def test_where_the_weights_lie(before, inside, where):
     loop = parse_ttgir(ttgir("\n".join(before), "\n".join(inside)))
     assert loop.weights_in == where
     assert loop.loads == ["x_gates"] + ["weight_hh"] * (where == "device memory")
-    assert loop.multiply_adds == 64 * 64 * 16
-    assert loop.shared_bytes == 2 * (64 * 64 * (where == "shared memory") + 64 * 16)
-    assert loop.bits == 16
-
-
-def test_products_of_several_steps_share_a_read_of_the_weights():
-    loop = parse_ttgir(ttgir(ALLOC, "\n".join([LOAD, DOT, DOT])))
-    assert loop.multiply_adds == 2 * 64 * 64 * 16
-    assert loop.shared_bytes == 2 * (64 * 64 + 2 * 64 * 16)
-
-
-def test_figures_of_one_of_several_steps():
-    """A read of W_hh for all of them is not rounded down to none."""
-    code = tool.per_step(CodeLoop(instructions=401, issued=400, matrix=8, barriers=5, spills=1), 4)
-    assert code == CodeLoop(instructions=101, issued=100, matrix=2, barriers=2, spills=1)
 
 
 def test_no_loop_is_an_error():
     with pytest.raises(ValueError, match="no loop with a matrix product"):
         parse_ttgir(ttgir(ALLOC, ""))
-    with pytest.raises(ValueError, match="no loop with a matrix instruction in the machine code"):
+    with pytest.raises(ValueError, match="no loop with a matrix instruction"):
         parse_code("        /*0000*/                   EXIT ;\n")
 
 
@@ -272,8 +244,6 @@ SASS = """
             SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2
             @!P0 BRA `(.L_x_3)
             BRA `(.L_x_2)
-            .L_x_4:
-            BRA `(.L_x_4)
 """
 
 
@@ -303,11 +273,11 @@ def test_the_loop_in_sass():
     backward branch spans instructions after the loop, which are not counted."""
     lines = [line.strip() for line in SASS.strip().splitlines()]
     code = "\n".join(x if x.startswith(".L") else f"        /*0010*/  {x} ;" for x in lines)
-    assert parse_code(code) == CodeLoop(instructions=11, issued=11, matrix=1, barriers=1, spills=1)
+    assert parse_code(code) == CodeLoop(instructions=11, matrix=1, barriers=1, spills=1)
 
 
 def test_the_loop_in_amdgcn():
-    assert parse_code(AMDGCN) == CodeLoop(7, issued=1, matrix=1, barriers=1, spills=1)
+    assert parse_code(AMDGCN) == CodeLoop(instructions=7, matrix=1, barriers=1, spills=1)
 
 
 def test_registers_and_spills():

@@ -29,9 +29,9 @@ def test_names_pytorchs_operator_where_it_runs(cell, monkeypatch):
     """And it does run there, and nowhere else."""
     _, ours = twins(cell, backend="auto", batch_first=True)
     ran = []
-    by_operator = rnn.recurrent.Recurrent._by_operator
+    by_operator = rnn.recurrent.RecurrentBase._by_operator
     monkeypatch.setattr(
-        rnn.recurrent.Recurrent, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
+        rnn.recurrent.RecurrentBase, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
     )
     x, packed = X.transpose(0, 1), pack_sequence([X[:, 0], X[:3, 1]])
     answers = []
@@ -177,5 +177,5 @@ def test_triton_where_it_cannot_run_raises(cell, backend):
 )
 def test_other_modules_are_told_what_to_pass(module):
     name = type(module).__name__
-    with pytest.raises(TypeError, match=rf"takes an rnn.RNN, rnn.GRU or rnn.LSTM .* got {name}"):
+    with pytest.raises(TypeError, match=rf"takes an rnn.RNN, GRU, LSTM or Recurrent .* got {name}"):
         rnn.explain(module, X)

@@ -16,11 +16,14 @@ from test_plan import layer
 from rnn import dispatch
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.hopper_plan import HopperPlan, Pass, forward_passes
+from rnn.kernels.hopper_plan import HopperPlan, Pass, forward_passes, passes
 from rnn.kernels.limits import KernelUnavailable, NoPlan
 from rnn.kernels.plan import PortablePlan, plan
 
 pytest.importorskip("triton")
+
+from launched import run
+
 H100 = CHIPS["sm_90"].limits()
 
 
@@ -111,20 +114,37 @@ def test_other_chips_are_not_told_about_it():
 
 def test_the_plan_says_what_the_other_engine_would_cost():
     p = plan(layer("lstm", 256, 16), H100)
-    assert isinstance(p, HopperPlan) and isinstance(p.otherwise, PortablePlan)
+    assert isinstance(p, HopperPlan)
+    of_8 = p.otherwise  # of clusters that every chip takes
+    assert isinstance(of_8, HopperPlan) and of_8.ctas == 8 and p.cost() < of_8.cost()
+    assert isinstance(of_8.otherwise, PortablePlan)
     text = str(p)
     assert text.startswith("Hopper engine: W_hh stays in the registers of a cluster of 16 CTAs")
     assert f"{p.cost()} clocks a step by the model, not measured" in text
-    assert f"the portable engine {p.otherwise.cost()}" in text
+    assert f"the portable engine {of_8.otherwise.cost()}" in text
+
+
+def forget():
+    """What was planned, and from what."""
+    plan.cache_clear()
+    passes.cache_clear()
 
 
 def test_without_clusters_one_cta_or_the_portable_engine(monkeypatch):
     monkeypatch.setattr("rnn.kernels.hopper_plan.clusters", lambda: False)
-    plan.cache_clear()
+    forget()
     one, other = (plan(layer("rnn_tanh", H, 16), H100) for H in (128, 512))
-    plan.cache_clear()
+    forget()
     assert isinstance(one, HopperPlan) and {how.ctas for how in passes_of(one)} == {1}
     assert isinstance(other, PortablePlan)
+
+
+def test_one_cta_with_no_register_to_spare_takes_whole_tiles_of_w_hh_alone():
+    """Triton 3.8 spills elsewhere."""
+    for H in (129, 160, 201, 255, 256):
+        for both in passes(layer("rnn_tanh", H, 16), H100, 8):
+            alone = [how for how in both if how.ctas == 1]
+            assert bool(alone) == (H == 256), (H, alone)
 
 
 def test_a_step_that_is_over_soon_is_asked_for_earlier():
@@ -134,7 +154,8 @@ def test_a_step_that_is_over_soon_is_asked_for_earlier():
 
 # What happens where a kernel cannot be had. The portable engine runs interpreted here.
 
-CASE = Case("gru", T=3, B=2, H=5)
+CASE = Case("gru", T=3, B=3, H=5)
+REFUSED = "Triton Error [CUDA]: a kernel launch error has occurred due to cluster misconfiguration"
 
 
 @pytest.fixture
@@ -162,7 +183,7 @@ def test_the_portable_engine_takes_over_with_a_warning(hopper_fails):
 
     module = rnn.GRU(4, CASE.H, backend="triton")
     x = torch.randn(CASE.T, CASE.B, 4)
-    with pytest.warns(UserWarning, match=r"the compiler says no; the portable engine runs it"):
+    with pytest.warns(UserWarning, match=r"the compiler says no; instead runs: .*portable"):
         output, h_n = module(x)
     (output.sum() + h_n.sum()).backward()
     got = [output, h_n, *(p.grad for p in module.parameters())]
@@ -176,6 +197,44 @@ def test_the_portable_engine_takes_over_with_a_warning(hopper_fails):
         warnings.simplefilter("error")  # it is not tried again
         module(x)
     assert "portable engine: the compiler says no" in rnn.explain(module, x)
+
+
+def test_what_takes_over_sums_params_over_its_own_tiles(hopper_fails, nan_filled):
+    p = problem(CASE).to(torch.float32)
+    want = run(CASE, p, hopper_fails.otherwise)
+    low = replace(hopper_fails, block_b=1, tiles=CASE.B)
+    with pytest.warns(UserWarning, match="the compiler says no"):
+        got = run(CASE, p, low)
+    for name, x in want.items():
+        assert torch.equal(got[name], x), name
+
+
+def test_a_device_that_refuses_clusters_of_16_gets_8(monkeypatch):
+    monkeypatch.setattr(dispatch.kernels, "unavailable", {})
+    monkeypatch.setattr(dispatch, "_limits", lambda *args: H100)
+    tried = []
+
+    def chosen():
+        how = torch.bfloat16, torch.device("cuda")
+        return dispatch.choose("auto", CELLS["lstm"], 256, 16, 1, *how)
+
+    @dispatch.kernels.falling_back
+    def launch(plan):
+        tried.append(plan.ctas)
+        with dispatch.kernels.compiled("forward pass", plan):
+            if plan.ctas > 8:
+                raise RuntimeError(REFUSED)
+        return plan
+
+    first = chosen()
+    with pytest.warns(UserWarning, match=REFUSED[-20:] + ".* instead runs: .* of 8 CTAs"):
+        ran = launch(first)
+    assert isinstance(ran, HopperPlan) and isinstance(ran.otherwise, PortablePlan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is not tried again
+        assert launch(first) == chosen() == ran
+    assert tried == [16, 8, 8]
+    assert "a cluster of 8 CTAs" in str(chosen()) and REFUSED in str(chosen())
 
 
 def test_without_another_engine_it_raises(hopper_fails, monkeypatch):
@@ -193,9 +252,7 @@ def test_without_another_engine_it_raises(hopper_fails, monkeypatch):
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_on_a_gpu(cell, H, B, dtype):
     """Against float64: what the rounding of inputs and states explains, and no more."""
-    from launched import run
-
-    case = Case(cell, T=5, B=B, H=H, lengths="ragged", reverse=True)
+    case = Case(cell, T=5, B=B, H=H, ragged=True, reverse=True)
     p = problem(case)
     device = torch.device("cuda")
     how = dispatch.choose("auto", CELLS[cell], H, B, 1, dtype, device)

@@ -82,4 +82,6 @@ def test_without_triton():
 
 def test_the_public_face():
     patterns = ["EncoderDecoder", "ManyToMany", "ManyToOne", "OneToMany", "OneToOne"]
-    assert rnn.__all__ == ["GRU", "LSTM", "RNN", *patterns, "convert", "explain", "recurrence"]
+    functions = ["cell", "check_cell", "convert", "explain", "recurrence", "source"]
+    functions += ["straight_through"]
+    assert rnn.__all__ == ["GRU", "LSTM", "RNN", *patterns, "Recurrent", *functions]

@@ -12,7 +12,8 @@ from launched import DEVICE, from_bits, planned, run
 
 from rnn.cells import CELLS
 from rnn.kernels import launch
-from rnn.kernels.cells import sigmoid, tanh
+from rnn.kernels.cells import CELLS as TILES
+from rnn.kernels.cells import gru_step_vjp, sigmoid, tanh
 from rnn.kernels.layout import Inputs
 from rnn.kernels.products import round_tf32
 
@@ -206,3 +207,23 @@ def test_infinity_does_not_reach_units_that_do_not_exist():
     for name in ("output", "d_x_gates"):
         assert torch.equal(got[name].isnan().cpu(), want[name].isnan()), name
         assert torch.equal(got[name].isinf().cpu(), want[name].isinf()), name
+
+
+@triton.jit
+def gru_step_vjp_nan_at_zero(d_state, state_prev, state, saved, params, APPROXIMATE: tl.constexpr):
+    """That of the GRU, with a gradient of its param that is NaN where all that is read is 0."""
+    d_x_gates, d_h_gates, d_prev, d_params = gru_step_vjp(
+        d_state, state_prev, state, saved, params, APPROXIMATE
+    )
+    return d_x_gates, d_h_gates, d_prev, (d_params[0] * (saved[3] / saved[3]),)
+
+
+def test_a_nan_of_rows_that_do_not_exist_reaches_no_param(monkeypatch):
+    """Tiles are filled up with rows of zeros, of which a cell may make anything."""
+    case = Case("gru", T=3, B=5, H=17)
+    p = problem(case).to(torch.float32, DEVICE)
+    want = run(case, p, planned(case, torch.float32))["d_params[0]"]
+    toy = TILES["gru"]._replace(step_vjp=gru_step_vjp_nan_at_zero)
+    monkeypatch.setitem(TILES, "gru", toy)
+    got = run(case, p, planned(case, torch.float32))["d_params[0]"]
+    assert torch.equal(got, want)

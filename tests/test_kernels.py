@@ -237,7 +237,7 @@ def test_other_errors_of_a_launch_come_as_they_are(monkeypatch):
 def test_tiles_of_eight_rows(checked, nan_filled):
     case = Case("gru", T=3, B=19, H=17, ragged=True, directions=2)
     p = problem(case).to(torch.float32, DEVICE)
-    how = dataclasses.replace(planned(case, torch.float32), block_b=8, tiles=3, tiles_at_once=3)
+    how = dataclasses.replace(planned(case, torch.float32), block_b=8, tiles=3)
     assert_close_to_float64(case, run(case, p, how), torch.float32)
 
 

@@ -2,16 +2,7 @@
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    Case,
-    assert_close_to_float64,
-    differentiate,
-    leaves_of,
-    problem,
-    split_leaves,
-    worst,
-)
+from cases import CASES, Case, check, differentiate, leaves_of, problem, run, split_leaves, worst
 
 import rnn
 from rnn import torch_path
@@ -20,29 +11,6 @@ from rnn.cells import CELLS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"]
 SMALL = {cell: Case(cell, T=4, B=3, H=5, directions=2, ragged=True) for cell in CELLS}
-
-
-def run(case: Case, p, backend: str) -> dict:
-    """All results of rnn.recurrence by name."""
-    leaves = leaves_of(case, p)
-    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
-    output, state_n = rnn.recurrence(
-        x_gates,
-        state0[0] if len(state0) == 1 else state0,
-        weight_hh,
-        params,
-        cell=case.cell,
-        lengths=p.lengths,
-        reverse=case.reverse,
-        backend=backend,
-    )
-    state_n = state_n if len(state0) > 1 else (state_n,)
-    return differentiate(p, output, state_n, leaves)
-
-
-def check(case: Case, dtype: torch.dtype, backend: str, device: str, floor=None) -> None:
-    results = run(case, problem(case).to(dtype, device), backend)
-    assert_close_to_float64(case, results, dtype, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from commands import SMALL, TEXT, refusal
-from gated import GATES, provide
 
 from rnn.__main__ import main
-from rnn.jobs import charlm, cli, inspection, training
+from rnn.cells import CELLS
+from rnn.jobs import charlm, cli, inspection
 from rnn.jobs.checkpoint import load_checkpoint
 from rnn.jobs.cli import JobError
 from rnn.jobs.corpus import Corpus
@@ -135,12 +135,10 @@ def test_a_training_that_diverges_keeps_its_last_checkpoint(tmp_path, capsys, mo
 # Cells with gates
 
 
-@pytest.fixture(params=GATES)
-def cell(request, monkeypatch):
-    provide(request.param, monkeypatch, charlm, training)
-    return request.param
+with_gates = pytest.mark.parametrize("cell", [c.name for c in CELLS.values() if c.gates > 1])
 
 
+@with_gates
 def test_a_language_model_of_any_cell(cell, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT)
     flags = ["--text", tmp_path / "text", "--out", tmp_path, "--hidden-size", 12, "--cell", cell]
@@ -164,6 +162,7 @@ def test_a_language_model_of_any_cell(cell, tmp_path, capsys):
     assert f"another shape: --cell {cell}, not rnn_tanh" in line
 
 
+@with_gates
 def test_a_cell_that_does_not_fit_its_weights(cell, trained, tmp_path, capsys):
     saved = torch.load(trained)
     saved["settings"]["cell"] = cell
@@ -174,6 +173,7 @@ def test_a_cell_that_does_not_fit_its_weights(cell, trained, tmp_path, capsys):
         assert f"does not fit a model with cell {cell}" in capsys.readouterr().err
 
 
+@with_gates
 def test_a_pattern_of_any_cell(cell, tmp_path, capsys):
     flags = ["--steps", "2", "--hidden-size", "8", "--out", str(tmp_path), "--cell", cell]
     assert main(["many-to-one", *flags]) == 0
@@ -181,6 +181,7 @@ def test_a_pattern_of_any_cell(cell, tmp_path, capsys):
     assert "spectral radius" in capsys.readouterr().out
 
 
+@with_gates
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_inspect_shows_h_of_a_cell_with_gates(cell, bidirectional):
     T, H, D = 6, 5, 1 + bidirectional
@@ -198,4 +199,4 @@ def test_inspect_shows_h_of_a_cell_with_gates(cell, bidirectional):
         weight_hh = getattr(module, "weight_hh_l1" + "_reverse" * d).detach()
         radii = [torch.linalg.eigvals(w).abs().max().item() for w in weight_hh.split(H)]
         assert list(layer.radii().values()) == pytest.approx(radii)
-        assert len(radii) == GATES[cell] and layer.gradient.shape == (T,)
+        assert len(radii) == CELLS[cell].gates and layer.gradient.shape == (T,)

@@ -48,14 +48,12 @@ def test_copy_shows_ten_symbols_and_wants_them_after_the_delimiter(T):
     assert set(wanted[-10:].flatten().tolist()) == set(range(8))
 
 
-def test_no_constant_has_a_smaller_error_in_adding_than_the_baseline():
+def test_who_always_says_1_has_the_baseline_of_adding():
     _, wanted = tasks.adding_batch(20, 100_000, generator())
     squares = (wanted - 1).square()
     standard_error = squares.std().item() / math.sqrt(squares.numel())
     baseline = TASKS["adding"].baseline(20)
     assert baseline == pytest.approx(squares.mean().item(), abs=5 * standard_error)
-    for constant in (0.9, 1.1):  # worse by 0.01, or five times what is tolerated above
-        assert (wanted - constant).square().mean().item() > baseline + 5 * standard_error
 
 
 @pytest.mark.parametrize("T", [1, 100])
@@ -97,17 +95,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_said():
     assert tasks.verdict(sample) == "diverged by step 200"
 
 
-def test_identity_is_the_initialisation_of_le_et_al():
+def test_initial_weights():
     model = tasks.build(SHORT._replace(hidden=100))
     weight_ih, weight_hh, *biases = model.rnn.all_weights[0]
-    assert torch.equal(weight_hh, torch.eye(100))
-    assert not any(bias.any() for bias in biases)
+    assert torch.equal(weight_hh, torch.eye(100)) and not any(bias.any() for bias in biases)
     assert weight_ih.std().item() == pytest.approx(0.001, rel=0.3)
-
-
-def test_orthogonal_is_orthogonal():
-    model = tasks.build(SHORT._replace(network="tanh, orthogonal"))
-    weight_hh = model.rnn.weight_hh_l0.detach()
+    weight_hh = tasks.build(SHORT._replace(network="tanh, orthogonal")).rnn.weight_hh_l0.detach()
     torch.testing.assert_close(weight_hh @ weight_hh.T, torch.eye(32), atol=1e-5, rtol=0)
 
 
@@ -120,22 +113,15 @@ def test_every_cell_takes_part_and_no_job_comes_twice():
 def test_a_second_start_does_only_what_lacks_and_writes_the_same_report(tmp_path, monkeypatch):
     first, second = (SHORT._replace(max_steps=n + 2, seed=n) for n in (0, 1))
     train, trained = tasks.train, []
-
-    def train_and_note(job):
-        trained.append(job)
-        return train(job)
-
-    monkeypatch.setattr(tasks, "train", train_and_note)
-    monkeypatch.setattr(sys, "argv", ["bench.tasks", "--out", str(tmp_path / "runs")])
+    monkeypatch.setattr(tasks, "train", lambda job: trained.append(job) or train(job))
+    monkeypatch.setattr(sys, "argv", ["bench.tasks", "--out", str(tmp_path)])
 
     def run(*jobs):
         monkeypatch.setattr(tasks, "JOBS", jobs)
         tasks.main()
-        return (tmp_path / "runs" / "tasks.md").read_text()
+        return (tmp_path / "tasks.md").read_text()
 
     run(first)
-    assert trained == [first]
     report = run(first, second)
-    assert trained == [first, second]
     assert run(second, first) == report and trained == [first, second]
-    assert "| relu, identity | 0.1667   | -      | seed 0: not solved in 2 steps" in report
+    assert "| relu, identity | 0.1667   | seed 0: not solved in 2 steps" in report
