@@ -12,6 +12,7 @@ from .cells import Cell, cell_of
 from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
+from .nested import Nested
 from .recurrent import RecurrentBase
 
 
@@ -242,19 +243,43 @@ def module_of(cell: str | Cell) -> Callable[..., RecurrentBase]:
 
 
 def explain(
-    module: RecurrentBase, input: Tensor | PackedSequence, lengths: Tensor | None = None
+    module: RecurrentBase,
+    input: Tensor | PackedSequence,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> str:
-    """Say for each layer which backend runs for this input, with the plan or the reason.
+    """Say for each layer which backend runs for this call, with the plan or the reason.
 
-    Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
-    cannot run among it; TypeError for another module than rnn.RNN, GRU, LSTM and Recurrent.
+    Of the kernels: the engine, the tiles, the bytes of W_hh's blocks on the chip beside what the
+    chip has, the clocks of a step by the plan's model (not measured), and what the other engine
+    would take or why it cannot run. Nothing is computed.
+
+    Args:
+        module: an rnn.RNN, GRU, LSTM or Recurrent; of a pattern, its .rnn.
+        input, lengths, resets: what the call would be given.
+
+    Raises:
+        TypeError: another module; and what the call would raise, RuntimeError where
+        backend="triton" cannot run among it.
+
+    Example:
+        >>> model = rnn.GRU(5, 7, num_layers=2, backend="torch")
+        >>> print(rnn.explain(model, torch.randn(6, 3, 5)))
+        layer 0: torch: backend="torch" was asked for
+        layer 1: torch: backend="torch" was asked for
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
             "explain takes an rnn.RNN, GRU, LSTM or Recurrent (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
-    p = module._as_batch(module._prepare(input, None, lengths))
+    if isinstance(input, Tensor) and input.is_nested:
+        nested = Nested.of(input, module.batch_first)
+        input, lengths = nested.pad(), nested.lengths
+    p = module._prepare(input, None, lengths)
+    if resets is not None:
+        _, p = module._cut(p, resets)
+    p = module._as_batch(p)
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"

@@ -15,6 +15,7 @@ from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS, Backend
 from .functional import State
 from .layer import Spec
+from .nested import Nested
 from .regularisers import (
     check_grad_clip,
     check_probability,
@@ -98,7 +99,9 @@ class RecurrentBase(ByOperator, Generic[S]):
         """Run all layers.
 
         Args:
-            input: (T, B, I), (B, T, I) if batch_first, (T, I) without a batch, or packed.
+            input: (T, B, I), (B, T, I) if batch_first, (T, I) without a batch, or packed. With
+                batch_first also a nested tensor (B, j, I) of layout torch.jagged; its output has
+                the same offsets.
             hx: (L*D, B, H), or (L*D, H) without a batch; of an LSTM the pair (h0, c0) of such;
                 zeros if None.
             lengths: (B,), int32 or int64, any device, in any order, zeros included: row b ends
@@ -128,6 +131,12 @@ class RecurrentBase(ByOperator, Generic[S]):
             )
         if torch.compiler.is_compiling() and self._needs_values(input, hx, resets):
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths, resets)
+        if isinstance(input, Tensor) and input.is_nested:
+            if lengths is not None or resets is not None:
+                raise ValueError("a nested tensor has its own lengths; got lengths or resets too")
+            nested = Nested.of(input, self.batch_first)
+            output, state = self._forward(nested.pad(), hx, nested.lengths)
+            return nested.unpad(output), state
         return self._forward(input, hx, lengths, resets)
 
     def _needs_values(self, input: Any, hx: Any, resets: Tensor | None) -> bool:
@@ -135,7 +144,7 @@ class RecurrentBase(ByOperator, Generic[S]):
         if resets is not None:
             return True
         if not isinstance(input, PackedSequence):
-            return False
+            return input.is_nested
         in_graph = batch_of_packed(input, hx) and not transformed()
         return not in_graph or self.checkpoint_every is not None
 
@@ -220,8 +229,8 @@ class RecurrentBase(ByOperator, Generic[S]):
         x = p.x.reshape(len(p.packed.batch_sizes), p.batch, p.x.size(1))
         return p._replace(x=x, packed=None)
 
-    def _in_segments(self, p: Prepared, resets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `_run`, of the segments of the batch as packed rows."""
+    def _cut(self, p: Prepared, resets: Tensor) -> tuple[Segments, Prepared]:
+        """The segments of the batch, and these as packed rows; p if there are none."""
         if p.packed is not None:
             raise ValueError("resets need padded input, got a PackedSequence as well")
         shape = tuple(p.x.shape[:2])
@@ -231,25 +240,32 @@ class RecurrentBase(ByOperator, Generic[S]):
             x, resets = x.transpose(0, 1), resets.transpose(0, 1)
         segments = Segments.of(resets, p.lengths)
         if segments.total == 0:
-            return self._run(p)
-        backwards = [False, True][: self.directions] * self.num_layers
+            return segments, p
         rows, sizes = segments.gather(x), torch.tensor(segments.sizes, device="cpu")
-        state0 = p.state0 and tuple(segments.enter(s, backwards) for s in p.state0)
-        packed = PackedSequence(rows, sizes)
-        output, state_n = self._run(
-            p._replace(
-                x=rows,
-                batch_first=False,
-                state0=state0,
-                batch=segments.total,
-                lengths=None,
-                packed=packed,
-                unbatched=False,
-            )
+        state0 = p.state0 and tuple(segments.enter(s, self._backwards()) for s in p.state0)
+        return segments, p._replace(
+            x=rows,
+            batch_first=False,
+            state0=state0,
+            batch=segments.total,
+            lengths=None,
+            packed=PackedSequence(rows, sizes),
+            unbatched=False,
         )
+
+    def _backwards(self) -> list[bool]:
+        """Whether the direction of each of the states (L * D, B, H) is the reverse one."""
+        return [False, True][: self.directions] * self.num_layers
+
+    def _in_segments(self, p: Prepared, resets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `_run`, of the segments of the batch side by side."""
+        segments, cut = self._cut(p, resets)
+        output, state_n = self._run(cut)
+        if segments.total == 0:
+            return output, state_n
         output = segments.scatter(output)
         before = p.state0 or (None,) * len(state_n)
-        last = (segments.leave(s, b, backwards) for s, b in zip(state_n, before))
+        last = (segments.leave(s, b, self._backwards()) for s, b in zip(state_n, before))
         return output.transpose(0, 1) if p.batch_first else output, tuple(last)
 
     if TYPE_CHECKING:  # of torch.nn.Module it is Any
