@@ -93,6 +93,8 @@ def refusal(layer: Layer, limits: Limits) -> str:
         return "rounds float32 products to tf32, which is not allowed"
     if layer.packed:
         return "takes no packed rows"
+    if layer.regularised:
+        return "has no dropout of h, no zoneout and no clipping of its gradient"
     return limits.no_hopper
 
 

@@ -116,7 +116,8 @@ def launch(
         APPROXIMATE=plan.approximate,
     )
     if pass_name == "forward":
-        arguments |= dict(STEP=tile_cell.step, READS_H=tile_cell.reads_h)
+        reads_h = tile_cell.reads_h or inputs.keep is not None
+        arguments |= dict(STEP=tile_cell.step, READS_H=reads_h)
     else:
         arguments |= dict(STEP_VJP=tile_cell.step_vjp, RECALLS=tile_cell.recalls)
     what = f"{pass_name} pass of {cell.name}"
@@ -196,6 +197,14 @@ def launch_portable(
         own = dict(
             CHUNKS=plan.chunks(columns), PIECES=plan.pieces_backward, STEPS=plan.steps_backward
         )
+    regularisers: dict[str, Any] = dict(
+        h_mask_ptr=None if inputs.h_mask is None else inputs.h_mask.contiguous(),
+        keep_ptr=inputs.keep,
+    )
+    if inputs.keep is None:
+        regularisers |= dict(keep_stride_t=None, keep_stride_b=None)
+    if pass_name == "backward":
+        regularisers["grad_clip"] = inputs.grad_clip
     weight, offsets = tf32_parts(inputs.weight_hh, plan.parts), inputs.offsets
     with on_device(like), compiled(what, plan):
         for first_tile, grid in plan.grids():
@@ -216,6 +225,7 @@ def launch_portable(
                 num_warps=plan.num_warps,
                 num_stages=plan.num_stages,
                 **own,
+                **regularisers,
                 **arguments,
             )
 
@@ -253,7 +263,10 @@ def forward(
         stored_ptr=stored,
         state_n_ptrs=state_n,
         **stride_arguments(
-            x_gates=x_gates, output=output, stored=output if stored is None else stored
+            x_gates=x_gates,
+            output=output,
+            stored=output if stored is None else stored,
+            keep=inputs.keep,
         ),
     )
     return output, state_n, stored
@@ -311,6 +324,7 @@ def backward(
             output=output,
             stored=output if stored is None else stored,
             d_output=output if d_output is None else d_output,
+            keep=inputs.keep,
         ),
     )
     if not need_d_params:

@@ -17,6 +17,9 @@ class Inputs(NamedTuple):
     lengths: Tensor | None = None  # (B,): row b is active while t < lengths[b]
     offsets: Tensor | None = None  # (T,) int64, with lengths, then longest row first: packed
     reverse: bool = False  # direction 0 walks from T - 1 down to 0, and direction 1 upwards
+    h_mask: Tensor | None = None  # (D, B, H): W_hh takes h_mask * h
+    keep: Tensor | None = None  # as x_gates, D * S * H wide: what a state keeps of its old value
+    grad_clip: float | None = None  # the gradient that a step hands to h before it lies in [-c, c]
 
 
 def is_batch_major(steps: Tensor) -> bool:
@@ -39,11 +42,12 @@ def dense(steps: Tensor) -> Tensor:
     return empty_steps(steps, steps.size(-1)).copy_(steps)
 
 
-def stride_arguments(**steps: Tensor) -> dict[str, int]:
-    """The time and batch strides of tensors with steps, as a kernel takes them: <name>_stride_t and
-    <name>_stride_b in units of UNIT elements, the largest power of two, at most 16, that divides
-    them all; 1 where a tensor begins between the widest accesses of a thread, which then take
-    single elements. Packed, both are the stride from row to row."""
+def stride_arguments(**tensors: Tensor | None) -> dict[str, int]:
+    """The time and batch strides of the tensors with steps that there are, as a kernel takes them:
+    <name>_stride_t and <name>_stride_b in units of UNIT elements, the largest power of two, at most
+    16, that divides them all; 1 where a tensor begins between the widest accesses of a thread,
+    which then take single elements. Packed, both are the stride from row to row."""
+    steps = {name: x for name, x in tensors.items() if x is not None}
     strides = {name: (x.stride(0), x.stride(-2)) for name, x in steps.items()}
     unit = math.gcd(16, *(stride for pair in strides.values() for stride in pair))
     if any(x.data_ptr() % 16 for x in steps.values()):

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     tf32: bool  # float32 products may be rounded to tf32; other dtypes ignore it
     packed: bool = False  # rows of different length lie packed in memory
+    regularised: bool = False  # by dropout of h, zoneout, or clipping of its gradient
 
     @property
     def itemsize(self) -> int:

@@ -177,6 +177,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         sliced and gates == 4 and block_s > (32 if unit == "wgmma" else 64),
         # Beyond, a pass has too few registers.
         sliced and gates > 1 and H > (1152 if layer.parts == 1 else 480),
+        # Three products for each of several gates, beside all tiles of a step: too many registers.
+        direct and unit == "mma" and layer.parts == 2 and gates > 1 and block_s > 32,
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
@@ -227,7 +229,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         num_warps=num_warps,
         num_stages=1,  # the loads of the loop are asked for a step ahead by hand
         sram=sram,
-        clocks=clocks(layer, weights, block_s, rows, tall, num_warps, pieces),
+        clocks=clocks(layer, weights, block_s, rows, tall, num_warps, pieces, steps, direct),
         limits=limits,
     )
 
@@ -258,6 +260,8 @@ def steps_of_iteration(
     weights = layer.gates * block_s**2 * layer.itemsize * layer.parts // (128 * num_warps)
     if unit != "mma":  # wgmma reads W_hh from shared memory each time
         return 1, 1
+    if layer.regularised:  # masks take registers too
+        return (2, 2) if weights < 128 and layer.itemsize == 2 else (1, 1)
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
         few = layer.stored + layer.params < 7  # tiles that a step backward holds beside W_hh
         return 4, 4 if few else 1
@@ -274,14 +278,22 @@ def clocks(
     tall: int,
     num_warps: int,
     pieces: list[int],
+    steps: tuple[int, int],
+    direct: bool,
 ) -> int:
-    """Clocks of one step, the mean of both passes; a model, not measured."""
-    # W_hh is read once from shared memory; again by each group of warps beyond its rows.
-    reads = [max(1.0, 16 * num_warps / (h * p)) for h, p in zip((tall, block_s), pieces)]
+    """Clocks of one step, the mean of both passes; a model, not measured. For one block of sm_80 or
+    sm_90 it is within a quarter of what simulated machine code took, and for slices below it."""
+    # W_hh is read once from shared memory, for all steps of an iteration; again by each group of
+    # warps beyond its rows.
+    reads = [
+        max(1.0, 16 * num_warps / (height * p)) / s
+        for height, p, s in zip((tall, block_s), pieces, steps)
+    ]
     step = layer.gates * weights * sum(reads) / 2 / SHARED_BYTES_PER_CLOCK
-    # Each tile that comes or goes changes its layout by way of shared memory, between barriers.
+    # Each tile that comes or goes, unless direct, changes its layout by way of shared memory,
+    # between barriers.
     tiles = layer.gates + layer.stored + 1
-    step += 300 + tiles * (80 + 0.07 * block_s * rows)
+    step += 300 + tiles * ((60 if direct else 80) + 0.07 * block_s * rows)
     if layer.hidden_size > block_s:
         gathered = layer.hidden_size * rows * layer.itemsize * (1 + layer.gates) / 2
         step += L2_TRIPS * L2_TRIP + FENCE + gathered / L2_BYTES_PER_CLOCK

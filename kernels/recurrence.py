@@ -19,6 +19,10 @@ the other states stay in float32 from step to step.
 Rows of different length: row b is active while t < lengths[b]. Nothing is read of an inactive row,
 it keeps its state, and zeros are written of it; packed (offsets), it is no part of memory, and
 nothing is written either.
+
+Regularisers are None where they are off, and then no part of the code. h_mask stands between h and
+W_hh. What `keep` mixes into the states (zoneout) is no business of STEP: what came out of it is
+stored after all that it saved, and its VJP reads that.
 """
 
 import triton
@@ -31,16 +35,21 @@ from .steps import (
     add,
     at,
     at_step,
+    clamp,
     existing,
     from_second,
+    last_of,
     load_or_zero,
     load_params,
     load_states,
     load_tiles,
+    mix,
     place_of,
+    scale,
     steps_of,
     store_tiles,
     store_wanted,
+    subtract,
     to_float32,
     where_active,
     with_first,
@@ -52,7 +61,7 @@ from .steps import (
 RUNTIME = [
     "T", "B", "first_tile", "reverse", "launch", "patience",
     "x_gates_stride_t", "x_gates_stride_b", "output_stride_t", "output_stride_b",
-    "stored_stride_t", "stored_stride_b",
+    "stored_stride_t", "stored_stride_b", "keep_stride_t", "keep_stride_b",
 ]  # fmt: skip
 RUNTIME_BACKWARD = ["d_output_stride_t", "d_output_stride_b"]
 
@@ -64,6 +73,8 @@ def forward_kernel(
     weight_hh_ptr,  # (PARTS, D, GATES * H, H), contiguous
     param_ptrs,  # the cell's params, each (D, H), contiguous
     lengths_ptr,  # (B,) or None; row b is active while t < lengths[b]
+    h_mask_ptr,  # (D, B, H), contiguous, or None
+    keep_ptr,  # as x_gates, D * S * H wide, or None
     offsets_ptr,  # (T,): the rows of step t begin at offsets[t]; None where they are not packed
     output_ptr,  # as x_gates, D * H wide
     stored_ptr,  # as x_gates, D * K * H wide: the states beside h, then what STEP saves; or None
@@ -83,6 +94,8 @@ def forward_kernel(
     output_stride_b,
     stored_stride_t,
     stored_stride_b,
+    keep_stride_t,
+    keep_stride_b,
     H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -118,6 +131,12 @@ def forward_kernel(
         stored_offsets = direction * STORED * H + rows * stored_stride_b * UNIT + units
         stored_steps = (stored_ptr, stored_stride_t.to(tl.int64) * UNIT, stored_offsets)
     state_rows = (direction * B + rows) * H
+    if h_mask_ptr is not None:
+        h_mask = tl.load(h_mask_ptr + state_rows + units, mask=mask, other=0.0).to(tl.float32)
+    if keep_ptr is not None:
+        STATES: tl.constexpr = len(state0_ptrs)
+        keep_offsets = direction * STATES * H + rows * keep_stride_b * UNIT + units
+        keep_steps = (keep_ptr, keep_stride_t.to(tl.int64) * UNIT, keep_offsets)
     lengths = None
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
@@ -149,8 +168,12 @@ def forward_kernel(
     alive = tl.full((), True, tl.int1)
     if SLICES == 1:
         h = (state[0].to(dtype),)
+        if h_mask_ptr is not None:
+            h = ((state[0] * h_mask).to(dtype),)
     else:
         h = gather(state0_ptrs[0], state_rows, rows < B, H, CHUNK, CHUNKS)
+        if h_mask_ptr is not None:
+            h = scale(h, gather(h_mask_ptr, state_rows, rows < B, H, CHUNK, CHUNKS))
         exchange_size = D.to(tl.int64) * B * H
         flags_ptr += (direction * tl.cdiv(B, BLOCK_B) + tile).to(tl.int64) * T
 
@@ -158,6 +181,8 @@ def forward_kernel(
     place_ahead = place_of(1, steps, backwards, offsets_ptr)
     wanted = mask & active_at(0, steps, backwards, lengths)
     x_gates = load_tiles(at(x_gates_steps, place), wanted, H, GATES, DIRECT)
+    if keep_ptr is not None:
+        keep = load_tiles(at(keep_steps, place), wanted, H, STATES, DIRECT)
     # DIRECT, each step ends with the product that the next one begins with, so that the matrix unit
     # works while results go out. Elsewhere that costs two barriers more than it brings.
     if DIRECT:
@@ -179,6 +204,10 @@ def forward_kernel(
             after, saved = STEP(
                 to_float32(x_gates), h_gates, to_float32(state), params, APPROXIMATE
             )
+            if keep_ptr is not None:
+                saved += after
+                after = mix(to_float32(keep), state, after)
+                keep = load_tiles(at(keep_steps, place_ahead), wanted, H, STATES, DIRECT)
             output = after[0].to(dtype)
             state_after = with_first(after[0] if READS_H else output, after)
             present, written = mask, mask
@@ -190,11 +219,14 @@ def forward_kernel(
                 output = tl.where(active, output, 0.0)
                 present = mask & active
                 written = mask & active_at(i, steps, backwards, within)
+            taken = state[0]  # by W_hh
+            if h_mask_ptr is not None:
+                taken = taken * h_mask
             if SLICES == 1:
-                h = (existing(state[0], mask, H).to(dtype),)
+                h = (existing(taken, mask, H).to(dtype),)
             else:
                 slot_ptr = exchange_ptr + (i % 2) * exchange_size
-                tl.store(slot_ptr + state_rows + units, state[0].to(dtype), mask=mask)
+                tl.store(slot_ptr + state_rows + units, taken.to(dtype), mask=mask)
                 alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
                 h = gather(slot_ptr, state_rows, rows < B, H, CHUNK, CHUNKS)
             if DIRECT:
@@ -221,6 +253,9 @@ def backward_kernel(
     weight_hh_ptr,
     param_ptrs,
     lengths_ptr,
+    h_mask_ptr,
+    keep_ptr,
+    grad_clip,  # float or None
     offsets_ptr,
     d_x_gates_ptr,  # as x_gates, or None
     d_h_gates_ptr,  # in the same place as d_x_gates, or None where they are the same
@@ -243,6 +278,8 @@ def backward_kernel(
     output_stride_b,
     stored_stride_t,
     stored_stride_b,
+    keep_stride_t,
+    keep_stride_b,
     H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -283,6 +320,11 @@ def backward_kernel(
         d_output_steps = (d_output_ptr, d_output_stride_t.to(tl.int64) * UNIT, d_output_offsets)
     d_gates_offsets = direction * GATES * H + rows * x_gates_stride_b * UNIT + units
     state_rows = (direction * B + rows) * H
+    if h_mask_ptr is not None:
+        h_mask = tl.load(h_mask_ptr + state_rows + units, mask=mask, other=0.0).to(tl.float32)
+    if keep_ptr is not None:
+        keep_offsets = direction * STATES * H + rows * keep_stride_b * UNIT + units
+        keep_steps = (keep_ptr, keep_stride_t.to(tl.int64) * UNIT, keep_offsets)
     lengths = None
     if lengths_ptr is not None:
         lengths = tl.load(lengths_ptr + rows, mask=rows < B, other=0)
@@ -321,6 +363,8 @@ def backward_kernel(
         active_ahead = active_at(1, steps, backwards, lengths)
         state_prev = load_states(active_ahead, states, place_ahead, mask, RECALLS, H, DIRECT)
     saved = load_tiles(at(saved_steps, place), mask & active, H, SAVED, DIRECT)
+    if keep_ptr is not None:
+        keep = load_tiles(at(keep_steps, place), mask & active, H, STATES, DIRECT)
     if d_output_ptr is not None:
         d_output = load_tiles(at(d_output_steps, place), mask & active, H, 1, DIRECT)
     for begin in range(0, steps, STEPS):
@@ -343,10 +387,18 @@ def backward_kernel(
             if d_output_ptr is not None:
                 d_h += d_output[0].to(tl.float32)
                 d_output = load_tiles(at(d_output_steps, place_ahead), wanted, H, 1, DIRECT)
+            d_after, after = with_first(d_h, d_state), state
+            if keep_ptr is not None:
+                kept = scale(to_float32(keep), d_after)  # goes straight to the states before
+                d_after = subtract(d_after, kept)
+                after = last_of(saved, STATES)
+                keep = load_tiles(at(keep_steps, place_ahead), wanted, H, STATES, DIRECT)
             d_x_gates, d_h_gates, d_prev, d_params_step = STEP_VJP(
-                with_first(d_h, d_state), to_float32(state_prev), to_float32(state),
-                to_float32(saved), params, APPROXIMATE,
+                d_after, to_float32(state_prev), to_float32(after), to_float32(saved), params,
+                APPROXIMATE,
             )  # fmt: skip
+            if keep_ptr is not None:
+                d_prev = add(kept, d_prev)
             written = mask
             if lengths is not None or k > 0:  # an inactive step passes no gradient to its gates
                 active = active_at(i, steps, backwards, lengths)
@@ -365,7 +417,9 @@ def backward_kernel(
                 slot_ptr = exchange_ptr + (i % 2) * exchange_size
                 store_tiles(slot_ptr + state_rows * GATES + units, d_h_gates, mask, H, False)
                 alive = wait_for_slices(flags_ptr + i, tl.where(alive, patience, 0), SLICES) & alive
-            d_h = zero + d_prev[0]
+            d_h = zero
+            if h_mask_ptr is None:
+                d_h += d_prev[0]
             if SLICES == 1:
                 for gate in tl.static_range(GATES):
                     d_gate = (existing(d_h_gates[gate], mask, H).to(dtype),)
@@ -373,6 +427,10 @@ def backward_kernel(
             else:
                 d_gates = gather(slot_ptr, state_rows * GATES, rows < B, GATES * H, CHUNK, CHUNKS)
                 d_h = recurrent_product(weights, 0, 1, d_gates, alive, d_h, SLICES, PIECES)
+            if h_mask_ptr is not None:
+                d_h = d_h * h_mask + d_prev[0]
+            if grad_clip is not None:
+                d_h = clamp(d_h, grad_clip)
             d_before = with_first(d_h, d_prev)
             if lengths is None and k == 0:
                 d_state = d_before

@@ -109,6 +109,46 @@ def add(tiles, others):
 
 
 @triton.jit
+def subtract(tiles, others):
+    differences = ()
+    for i in tl.static_range(len(tiles)):
+        differences += (tiles[i] - others[i],)
+    return differences
+
+
+@triton.jit
+def scale(tiles, factors):
+    products = ()
+    for i in tl.static_range(len(tiles)):
+        products += (tiles[i] * factors[i],)
+    return products
+
+
+@triton.jit
+def mix(keep, old, new):
+    """keep of the old, the rest of the new."""
+    mixed = ()
+    for i in tl.static_range(len(new)):
+        mixed += (keep[i] * old[i] + (1.0 - keep[i]) * new[i],)
+    return mixed
+
+
+@triton.jit
+def clamp(tile, bound):
+    """Into [-bound, bound]; NaN stays."""
+    tile = tl.minimum(tile, bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(tile, -bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def last_of(tiles, COUNT: tl.constexpr):
+    last = ()
+    for i in tl.static_range(len(tiles) - COUNT, len(tiles)):
+        last += (tiles[i],)
+    return last
+
+
+@triton.jit
 def from_second(tiles):
     rest = ()
     for i in tl.static_range(1, len(tiles)):

@@ -78,7 +78,8 @@ class Recurrence(torch.autograd.Function):
         ctx.call, ctx.inputs = call, len(tensors)
         # The gradient of W_ih reads x. Where none is wanted a second derivative alone does: x may
         # be changed in place before a first one, and its version says whether it was.
-        weights = tensors[S :: len(tensors[S:]) // call.spec.directions]
+        first = call.spec.first_weight
+        weights = tensors[first :: len(tensors[first:]) // call.spec.directions]
         read = call.spec.input_product and any(w.requires_grad for w in weights)
         read = read or torch._C._are_functorch_transforms_active()
         ctx.x, ctx.version = (None, None) if read else (x, x._version)
@@ -182,11 +183,11 @@ def backward(
     """The gradients of x, lengths and tensors: the engine's loop, then the products over all
     steps. Each gradient has memory of its own."""
     spec, cell = call.spec, CELLS[call.spec.cell]
-    S = cell.states
+    S, masks = cell.states, spec.first_weight - cell.states
     if not spec.stacked:
         d_last = tuple(None if d is None else d.unsqueeze(0) for d in d_last)
-    need_d_x, need_d_weights = needs[1], needs[3 + S :]
-    weights = tensors[S:]
+    need_d_x, need_d_weights = needs[1], needs[3 + S + masks :]
+    weights = tensors[S + masks :]
     per_direction = len(weights) // spec.directions
     own = per_direction - len(cell.own_params)  # where they begin in each direction
     found: Gradients
@@ -223,7 +224,7 @@ def backward(
         parts = found.d_x_gates
         d_x = rows.scatter(parts[0] if len(parts) == 1 else torch.cat(parts, 1), x)
     if not any(need_d_weights):
-        return d_x, None, *d_state0, *(None for _ in weights)
+        return d_x, None, *d_state0, *(None for _ in tensors[S:])
     d_weights: list[Tensor | None] = []
     x_rows = rows.gather(x) if spec.input_product else x
     for d in range(spec.directions):
@@ -239,4 +240,4 @@ def backward(
         else:
             d_weights.append(found.d_weight_hh[d] if mine[0] else None)
             d_weights += [p if m else None for p, m in zip(found.d_params[d], mine[1:])]
-    return d_x, None, *d_state0, *d_weights
+    return d_x, None, *d_state0, *(None,) * masks, *d_weights

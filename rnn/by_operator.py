@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cells import CELLS
 from .checked import MODES, Checked, Prepared, compute_dtype
 from .dispatch import Backend
+from .layer import Spec
 from .operators import OPERATORS, Stack, run_stack, why_faster
 from .padding import pays, run_padded_lstm
+from .regularisers import of_each_state
 from .run import needs_plain_operations
 
 
@@ -38,6 +41,39 @@ class ByOperator(Checked):
 
     backend: Backend
     checkpoint_every: int | None
+    recurrent_dropout: float
+    zoneout: float | tuple[float, ...]
+    recurrent_grad_clip: float | None
+
+    @property
+    def regularisers(self) -> dict[str, Any]:
+        """Those of the recurrence that are set, by name: no operator of torch.nn has them."""
+        said: dict[str, Any] = {}
+        if self.recurrent_dropout > 0:
+            said["recurrent_dropout"] = self.recurrent_dropout
+        if self.zoneout and any(of_each_state(self.zoneout, CELLS[self.cell].states)):
+            said["zoneout"] = self.zoneout
+        if self.recurrent_grad_clip is not None:
+            said["recurrent_grad_clip"] = self.recurrent_grad_clip
+        if self.cell.endswith("_norm"):
+            said["layer_norm"] = True
+        return said
+
+    def _spec(self, p: Prepared, sizes: tuple[int, ...] | None) -> Spec:
+        """How every layer of a call is run."""
+        clip = self.recurrent_grad_clip
+        return Spec(
+            self.cell,
+            self.directions,
+            False,
+            p.batch_first,
+            sizes,
+            bias=self.bias,
+            projected=self.proj_size > 0,
+            h_mask=self.training and self.recurrent_dropout > 0,
+            zoneout="zoneout" in self.regularisers,
+            grad_clip=clip if torch.is_grad_enabled() else None,
+        )
 
     def __prepare_scriptable__(self) -> torch.nn.RNNBase:
         """torch.jit.script compiles torch.nn's module in place of this one, on the same weights."""
@@ -45,6 +81,11 @@ class ByOperator(Checked):
             raise RuntimeError(
                 "torch.jit.script compiles the module of torch.nn in place of one of rnn, and "
                 f"there is none of the cell {self.cell!r}: use torch.compile or torch.export"
+            )
+        if self.regularisers:
+            raise RuntimeError(
+                "torch.jit.script compiles the module of torch.nn in place of one of rnn, and that "
+                f"has no {', '.join(self.regularisers)}: use torch.compile or torch.export"
             )
         twin = MODES[self.mode].twin(
             self.input_size,
@@ -64,7 +105,7 @@ class ByOperator(Checked):
     def why_pytorchs_operator(self, p: Prepared) -> str:
         """Why torch.nn's own operator runs the whole call; empty where rnn's layers do."""
         why = ""
-        if self.cell not in OPERATORS:
+        if self.cell not in OPERATORS or (self.regularisers and self._spec(p, None).regularised):
             return why
         if self.proj_size:
             why = "proj_size: no layer of ours has a projection"

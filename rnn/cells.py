@@ -55,6 +55,7 @@ class Cell:
     # Learnable vectors beside weights and biases: (name, initial value), the value a float or a
     # function that fills a tensor in place.
     own_params: tuple[tuple[str, Any], ...] = ()
+    across: str = ""  # what a step does with all units of a row, where it is not pointwise
 
     @property
     def stored(self) -> int:

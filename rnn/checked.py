@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import layer_norm
 from .autograd import autocast_enabled
 from .cells import CELLS, Cell
 from .functional import State, check_lengths, own_lengths
@@ -107,6 +108,8 @@ class Checked(torch.nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.mode.endswith("_norm"):
+            layer_norm.register()
         if self.cell not in CELLS:
             raise RuntimeError(
                 f"this module's cell {self.cell!r} is not in rnn.cells.CELLS: import what defines "
@@ -122,16 +125,20 @@ class Checked(torch.nn.RNNBase):
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
 
+    def _init_flat_weights(self) -> None:
+        """torch.nn's list beside the parameters, of which check_input alone reads a dtype here.
+        A computed weight is there without its graph, so that the module can be copied."""
+        with torch.no_grad():
+            super()._init_flat_weights()
+
     def _prepare(
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
     ) -> Prepared:
         """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
-        weights: list[Any]
-        if torch.compiler.is_compiling():  # which cannot follow a list beside the parameters
-            weights = [getattr(self, name) for name in self._flat_weights_names]
-        else:
-            self._update_flat_weights()
-            weights = self._flat_weights
+        weights: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
+        listed = self._flat_weights[0]
+        if isinstance(listed, Tensor) and getattr(weights[0], "dtype", None) != listed.dtype:
+            self._init_flat_weights()
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("a PackedSequence has its own lengths; got lengths as well")

@@ -45,23 +45,28 @@ def run_in_pieces(
     direction. It computes a piece once more when its turn comes, with the bits of the first time.
     """
     S, D = CELLS[spec.cell].states, spec.directions
-    weights = tensors[S:]
+    regularisers, weights = spec.regularisers(tensors), tensors[spec.first_weight :]
     each = len(weights) // D
     outputs, last = [], []
     for d in range(D):
         one = spec._replace(directions=1, reverse=spec.reverse != bool(d))
         state = tuple(s[d : d + 1] for s in tensors[:S])
         of_direction = weights[d * each : (d + 1) * each]
+        mine = regularisers.of_direction(d, D)
+        h_mask = () if mine.h_mask is None else (mine.h_mask.unsqueeze(0),)
+        keep = () if mine.keep is None else (mine.keep,)
         parts = []
-        for piece, rows, ends in pieces(every, one, x, lengths):
-            begun = state if rows is None else tuple(s[:, :rows] for s in state)
+        for piece, rows, ends in pieces(every, one, (x, *keep), lengths):
+            begun = (*state, *h_mask)
+            if rows is not None:
+                begun = tuple(s[:, :rows] for s in begun)
             output, after = checkpoint(
                 run,
                 piece[0],
                 backend,
                 piece[1],
                 ends,
-                (*begun, *of_direction),
+                (*begun, *piece[2:], *of_direction),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
@@ -77,11 +82,11 @@ def run_in_pieces(
 
 
 def pieces(
-    every: int, spec: Spec, x: Tensor, lengths: Tensor | None
-) -> Iterator[tuple[tuple[Spec, Tensor], int | None, Tensor | None]]:
-    """The steps in the order of the walk, `every` at a time: the spec and x of each piece; packed,
-    how many rows it has; and the lengths that are left in it."""
-    T = len(spec.sizes) if spec.sizes is not None else time_major(spec, x).size(0)
+    every: int, spec: Spec, steps: Tensors, lengths: Tensor | None
+) -> Iterator[tuple[tuple[Any, ...], int | None, Tensor | None]]:
+    """The steps in the order of the walk, `every` at a time: the spec and of each tensor its part;
+    packed, how many rows it has; and the lengths that are left in it."""
+    T = len(spec.sizes) if spec.sizes is not None else time_major(spec, steps[0]).size(0)
     starts = range(0, T, every)
     offsets = [0]
     for n in spec.sizes or ():
@@ -90,7 +95,9 @@ def pieces(
         end = min(first + every, T)
         if spec.sizes is not None:
             of_piece = spec._replace(sizes=spec.sizes[first:end])
-            yield (of_piece, x[offsets[first] : offsets[end]]), spec.sizes[first], None
+            rows = slice(offsets[first], offsets[end])
+            yield (of_piece, *(x[rows] for x in steps)), spec.sizes[first], None
         else:
             ends = None if lengths is None else (lengths - first).clamp(0, end - first)
-            yield (spec, x.narrow(int(spec.batch_first), first, end - first)), None, ends
+            part = int(spec.batch_first), first, end - first
+            yield (spec, *(x.narrow(*part) for x in steps)), None, ends

@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .dispatch import BACKENDS, Backend
 from .modules import GRU, LSTM, RNN, Recurrent
+from .recurrent import RecurrentBase
 
 PAIRS: tuple[tuple[type[nn.RNNBase], type[nn.RNNBase]], ...] = (
     (nn.RNN, RNN),
@@ -127,6 +128,8 @@ def _why_not(module: nn.Module, was: Any, classes: dict[Any, Any]) -> str:
         return "torch.nn has no module of any cell"
     if was not in classes:
         return "a subclass may do something else"
+    if isinstance(module, RecurrentBase) and module.regularisers:
+        return f"torch.nn has no {', '.join(module.regularisers)}"
     if "forward" in vars(module):
         return "its forward was replaced by another function"
     return ""

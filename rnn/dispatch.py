@@ -44,6 +44,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     packed: bool = False,
+    regularised: bool = False,
 ) -> Plan | NoPlan:
     """The plan of the fused kernels, or why PyTorch runs the recurrence instead.
 
@@ -53,7 +54,9 @@ def choose(
         return NoPlan('backend="torch" was asked for')
     limits = _limits(backend, dtype, device)
     chosen: Plan | NoPlan
-    if isinstance(limits, NoPlan):
+    if cell.across:
+        chosen = NoPlan(f"a step of {cell.name} {cell.across}; the kernels take pointwise steps")
+    elif isinstance(limits, NoPlan):
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")
@@ -61,7 +64,8 @@ def choose(
         chosen = NoPlan(f"the cell {cell.name} has no tiles in kernels/cells.py")
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
-        layer = Layer(*numbers, hidden_size, batch, directions, dtype, tf32_allowed(), packed)
+        sizes = hidden_size, batch, directions
+        layer = Layer(*numbers, *sizes, dtype, tf32_allowed(), packed, regularised)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
         available = kernels.available(chosen)

@@ -17,9 +17,10 @@ from torch import Tensor
 from . import torch_path
 from .cells import CELLS, Cell, Tensors
 from .dispatch import kernels
-from .kernels.layout import Inputs
+from .kernels.layout import Inputs, dense
 from .kernels.limits import Plan
 from .layer import Spec, Weights, split, time_major
+from .regularisers import Regularisers, mask_of_rows
 from .rows import Rows, active_steps, lengths_of, offsets_of
 
 
@@ -95,6 +96,7 @@ def forward_in_torch(
     D, B, H = state0[0].shape
     rows = rows_of(spec, x, lengths, B)
     x_rows = StepRows(spec, rows).gather(x)
+    regularisers = in_rows(spec, rows, tensors)
     outputs, last = [], []
     kept: list[Tensor] = []
     for d in range(D):
@@ -113,6 +115,7 @@ def forward_in_torch(
             weights.params[d],
             rows.sizes,
             spec.reverse != bool(d),
+            regularisers.of_direction(d, D),
         )
         outputs.append(states[0])
         last.append(tuple(rows.unsort(s) for s in ends))
@@ -121,18 +124,27 @@ def forward_in_torch(
     return output, joined(spec, last), tuple(kept) if save else ()
 
 
+def in_rows(spec: Spec, rows: Rows, tensors: Tensors) -> Regularisers:
+    """The layer's regularisers in the order of the rows."""
+    mask, keep, grad_clip = spec.regularisers(tensors)
+    mask = None if mask is None else torch.stack([rows.sort(m) for m in mask])
+    keep = None if keep is None else StepRows(spec, rows).gather(keep)
+    return Regularisers(mask, keep, grad_clip)
+
+
 def input_product(x_rows: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """x_gates of all rows: one product or, in float64, one for each step. How many rows a product
     has decides in which order it sums, and so its last bit: a sequence taken step by step is to
     have the bits of the whole."""
-    if x_rows.dtype != torch.float64 or len(sizes) < 2:
+    if x_rows.dtype != torch.float64 or not sizes:
         return F.linear(x_rows, weight, bias)
     x_gates = x_rows.new_empty(len(x_rows), len(weight))
+    aligned = torch_path.Aligned(max(sizes), x_rows)
     for x, gates in zip(x_rows.split(sizes), x_gates.split(sizes)):
         if bias is None:
-            torch.mm(x, weight.t(), out=gates)
+            torch.mm(aligned(x), weight.t(), out=gates)
         else:
-            torch.addmm(bias, x, weight.t(), out=gates)
+            torch.addmm(bias, aligned(x), weight.t(), out=gates)
     return x_gates
 
 
@@ -173,11 +185,13 @@ def backward_in_torch(
     D, B, H = state0[0].shape
     rows = rows_of(spec, x, lengths, B)
     in_steps = StepRows(spec, rows)
+    regularisers = in_rows(spec, rows, tensors)
     result = Gradients([], [], (), [], [])
     d_state0, each = [], len(kept) // D
     for d in range(D):
         states = kept[d * each : d * each + cell.states]
         saved = kept[d * each + cell.states : (d + 1) * each]
+        mine = regularisers.of_direction(d, D)
         backwards = spec.reverse != bool(d)
         prev = tuple(
             torch_path.previous(s, rows.sort(s0[d]), rows.sizes, backwards)
@@ -193,18 +207,22 @@ def backward_in_torch(
             cell,
             d_h,
             [None if s is None else rows.sort(s[d]) for s in d_last],
-            states,
+            saved[cell.saved :] if spec.zoneout else states,
             prev,
-            saved,
+            saved[: cell.saved],
             weights.weight_hh[d],
             weights.params[d],
             B,
             rows.sizes,
             backwards,
+            mine,
         )
         result.d_x_gates.append(d_x_gates)
         result.d_h_gates.append(d_h_gates)
-        result.d_weight_hh.append(d_h_gates.t() @ prev[0])
+        taken = prev[0]
+        if mine.h_mask is not None:
+            taken = taken * mask_of_rows(mine.h_mask, rows.sizes)
+        result.d_weight_hh.append(d_h_gates.t() @ taken)
         result.d_params.append((*inner_gradients(cell, d_h_gates), *d_own))
         d_state0.append(tuple(rows.unsort(s) for s in d_first))
     return result._replace(d_state0=tuple(torch.stack(s) for s in zip(*d_state0))), in_steps
@@ -226,15 +244,23 @@ def in_steps_of(spec: Spec, x: Tensor) -> Tensor:
 
 
 def inputs_of(
-    spec: Spec, steps: Tensor, lengths: Tensor | None, state0: Tensors, weights: Weights
+    spec: Spec,
+    steps: Tensor,
+    lengths: Tensor | None,
+    state0: Tensors,
+    weights: Weights,
+    regularisers: Regularisers,
 ) -> Inputs:
     """What the kernels read; `steps` are x_gates, or what lies in memory as they do."""
+    h_mask, keep, grad_clip = regularisers
+    keep = None if keep is None else dense(in_steps_of(spec, keep))
     offsets = None
     if spec.sizes is not None:
         lengths = lengths_of(spec.sizes, steps.device)
         offsets = offsets_of(spec.sizes, steps.device)
     weight_hh, params = torch.stack(weights.weight_hh), weights.stacked_params()
-    return Inputs(steps, state0, weight_hh, params, lengths, offsets, spec.reverse)
+    each = steps, state0, weight_hh, params, lengths, offsets, spec.reverse
+    return Inputs(*each, h_mask, keep, grad_clip)
 
 
 def own(x: Tensor) -> Tensor:
@@ -247,9 +273,9 @@ def forward_in_triton(
 ) -> tuple[Tensor, Tensors, Tensors]:
     """output, last states and, if `save`, what backward_in_triton takes beside the output."""
     state0, weights = split(spec, tensors)
-    cell = CELLS[spec.cell]
+    cell = spec.stored_cell
     x_gates = in_steps_of(spec, weights.x_gates(cell, x))
-    inputs = inputs_of(spec, x_gates, lengths, state0, weights)
+    inputs = inputs_of(spec, x_gates, lengths, state0, weights, spec.regularisers(tensors))
     output, state_n, stored = kernels.forward(plan, cell, inputs, save)
     if spec.batch_first:
         output = own(output.transpose(0, 1))
@@ -270,13 +296,13 @@ def backward_in_triton(
     need_d_state0: bool,
     need_d_own: bool,  # of the cell's own params
 ) -> Gradients:
-    cell = CELLS[spec.cell]
+    cell, regularisers = spec.stored_cell, spec.regularisers(tensors)
     state0, weights = split(spec, tensors)
     D, _, H = state0[0].shape
     sizes = spec.sizes
     output, stored = kept if cell.stored else (kept[0], None)
     steps = in_steps_of(spec, output)
-    inputs = inputs_of(spec, steps, lengths, state0, weights)
+    inputs = inputs_of(spec, steps, lengths, state0, weights, regularisers)
     if d_output is not None:
         d_output = in_steps_of(spec, d_output)
     need = need_d_gates, need_d_state0, need_d_own
@@ -291,15 +317,18 @@ def backward_in_triton(
     for d in range(D):
         mine = slice(d * width, (d + 1) * width)
         d_h = d_h_gates[..., mine]
-        h = steps[..., d * H : (d + 1) * H]
+        h, h0 = steps[..., d * H : (d + 1) * H], state0[0][d]
         backwards = spec.reverse != bool(d)
+        h_mask = None if regularisers.h_mask is None else regularisers.h_mask[d]
         if sizes is not None:
-            prev = torch_path.previous(h, state0[0][d], sizes, backwards)
+            prev = torch_path.previous(h, h0, sizes, backwards)
+            if h_mask is not None:
+                prev = prev * mask_of_rows(h_mask, sizes)
             result.d_weight_hh.append(d_h.t() @ prev)
         else:
-            result.d_weight_hh.append(
-                recurrent_weight_gradient(d_h, h, state0[0][d], lengths, backwards)
-            )
+            if h_mask is not None:
+                h, h0 = h * h_mask, h0 * h_mask
+            result.d_weight_hh.append(recurrent_weight_gradient(d_h, h, h0, lengths, backwards))
         result.d_x_gates.append(flat(spec, d_x_gates)[:, mine])
         same = d_h_gates is d_x_gates
         result.d_h_gates.append(result.d_x_gates[-1] if same else flat(spec, d_h_gates)[:, mine])

@@ -1,5 +1,6 @@
 """One layer: what a call says, its weights, and the layer as its equation."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from . import reference
 from .cells import CELLS, Cell, Tensors
 from .operators import Stack, run_stack
+from .regularisers import Regularisers
 from .rows import active_steps, lengths_of
 
 
@@ -24,6 +26,31 @@ class Spec(NamedTuple):
     bias: bool = True
     stacked: bool = True  # states are (D, B, H); False, of one direction: (B, H)
     projected: bool = False  # h is projected, for which PyTorch's own operator alone has weights
+    h_mask: bool = False  # of the tensors, one after the states is the mask of recurrent dropout
+    zoneout: bool = False  # and one is what each state keeps of its old value
+    grad_clip: float | None = None
+
+    @property
+    def first_weight(self) -> int:
+        """Where the weights begin among the layer's tensors: states, masks, weights."""
+        return CELLS[self.cell].states + self.h_mask + self.zoneout
+
+    @property
+    def regularised(self) -> bool:
+        return self.h_mask or self.zoneout or self.grad_clip is not None
+
+    @property
+    def stored_cell(self) -> Cell:
+        """The cell with what the loop saves: under zoneout also the states as the step made them,
+        before any kept its old value."""
+        cell = CELLS[self.cell]
+        return replace(cell, saved=cell.saved + cell.states) if self.zoneout else cell
+
+    def regularisers(self, tensors: Tensors) -> Regularisers:
+        """Those of the layer, from its tensors; `keep` lies as its x does."""
+        masks = iter(tensors[CELLS[self.cell].states : self.first_weight])
+        h_mask = next(masks) if self.h_mask else None
+        return Regularisers(h_mask, next(masks) if self.zoneout else None, self.grad_clip)
 
 
 class Weights(NamedTuple):
@@ -82,7 +109,7 @@ def split(spec: Spec, tensors: Tensors) -> tuple[Tensors, Weights]:
     """The states (D, B, H) and the weights of a layer's flat tensors."""
     S = CELLS[spec.cell].states
     state0 = tensors[:S] if spec.stacked else tuple(s.unsqueeze(0) for s in tensors[:S])
-    return state0, Weights.of(spec, tensors[S:])
+    return state0, Weights.of(spec, tensors[spec.first_weight :])
 
 
 def time_major(spec: Spec, x: Tensor) -> Tensor:
@@ -106,13 +133,18 @@ def plain(spec: Spec, x: Tensor, lengths: Tensor | None, *tensors: Tensor) -> tu
         return by_operator(spec, x, lengths, *tensors)
     cell = CELLS[spec.cell]
     state0, weights = split(spec, tensors)
+    regularisers = spec.regularisers(tensors)
+    keep = regularisers.keep
     if spec.sizes is not None:
         B, T = state0[0].size(1), len(spec.sizes)
         lengths = lengths_of(spec.sizes, x.device)
         steps, sequences = active_steps(lengths, T).nonzero(as_tuple=True)
         x = x.new_zeros(T, B, x.size(1)).index_put((steps, sequences), x)
+        if keep is not None:
+            keep = keep.new_zeros(T, B, keep.size(1)).index_put((steps, sequences), keep)
     else:
         x = time_major(spec, x)
+        keep = None if keep is None else time_major(spec, keep)
         if lengths is not None:  # padding may hold anything
             x = torch.where(active_steps(lengths, x.size(0))[:, :, None], x, torch.zeros_like(x))
     output, state_n = reference.recurrence(
@@ -123,6 +155,7 @@ def plain(spec: Spec, x: Tensor, lengths: Tensor | None, *tensors: Tensor) -> tu
         weights.stacked_params(),
         lengths,
         spec.reverse,
+        regularisers._replace(keep=keep),
     )
     output = output[steps, sequences] if spec.sizes is not None else time_major(spec, output)
     return output, *(state_n if spec.stacked else (s.squeeze(0) for s in state_n))

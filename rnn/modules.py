@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import CELLS, Cell, cell_of
+from . import layer_norm
+from .cells import Cell, cell_of
 from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
+from .nested import Nested
 from .recurrent import RecurrentBase
 
 
@@ -29,6 +31,22 @@ class RNN(RecurrentBase[Tensor]):
             and computes K steps anew at a time, by torch.utils.checkpoint. The gradient is not
             truncated. The least memory is at K near sqrt(T); it costs a second forward pass.
             The attribute may be changed at any time.
+        recurrent_dropout: p in [0, 1]; in training W_hh takes m * h_{t-1}, where each unit of m is
+            0 with probability p, else 1 / (1 - p). A call draws one mask for each layer, direction
+            and sequence, for all of its steps (Gal and Ghahramani, A theoretically grounded
+            application of dropout in recurrent neural networks, 2016). Where a cell reads h_{t-1}
+            past W_hh, as in z * h_{t-1} of the GRU, it is not dropped.
+        zoneout: p in [0, 1], of an LSTM also the pair for h and c; in training each unit of a
+            state keeps its old value with probability p, anew at each step, and in evaluation
+            state_t = p * state_{t-1} + (1 - p) * new (Krueger et al., Zoneout, 2017).
+        recurrent_grad_clip: None, or c > 0; what step t hands to the gradient of h_{t-1} is clamped
+            to [-c, c], element by element, before the gradient of output_{t-1} is added and step
+            t - 1 uses the sum. The gradient of c_{t-1} is not touched. Compare Graves, Generating
+            sequences with recurrent neural networks, 2013, who clamps at the gates, as Lasagne's
+            grad_clipping does.
+
+    Masks are drawn by torch's generator of the device, before the loop: one seed gives the same
+    ones on each backend. The attributes of these names may be changed at any time, too.
 
     Beside the drop-in: backward works in eval mode on every device, `lengths` replaces packing,
     and a second derivative can be taken.
@@ -64,7 +82,10 @@ class GRU(RecurrentBase[Tensor]):
     Args:
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, device=None, dtype=None: as of torch.nn.GRU.
-        backend, checkpoint_every: as of rnn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised GRU of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
     form of torch.nn.GRU.
@@ -75,9 +96,12 @@ class GRU(RecurrentBase[Tensor]):
         (torch.Size([6, 3, 7]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
         _refuse_projection(kwargs)
-        super().__init__("GRU", *args, backend=backend, **kwargs)
+        mode, args = _normed("GRU", args, kwargs) if layer_norm else ("GRU", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
 
 
 class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
@@ -92,7 +116,10 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
         input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
             bidirectional=False, proj_size=0, device=None, dtype=None: as of torch.nn.LSTM. With
             proj_size, PyTorch's own operator runs, which has no checkpoint_every.
-        backend, checkpoint_every: as of rnn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
+        layer_norm: True for the layer-normalised LSTM of Ba et al. (Layer normalization, 2016), as
+            rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
+            and bias_*, (H,) each. It runs on the PyTorch path alone.
 
     Its state is the pair (h, c), in and out.
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.
@@ -103,8 +130,11 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
         (torch.Size([3, 6, 7]), torch.Size([1, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, backend=backend, **kwargs)
+    def __init__(
+        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+    ) -> None:
+        mode, args = _normed("LSTM", args, kwargs) if layer_norm else ("LSTM", args)
+        super().__init__(mode, *args, backend=backend, **kwargs)
 
 
 class Recurrent(RecurrentBase[Any]):
@@ -115,7 +145,7 @@ class Recurrent(RecurrentBase[Any]):
         cell: a Cell of rnn.cells.CELLS, with G gates and S states.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype: as of torch.nn.RNN.
-        backend, checkpoint_every: as of rnn.RNN.
+        backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
 
     The weights bear torch's names: weight_ih_l0 (G*H, I), weight_hh_l0 (G*H, H), bias_ih_l0 and
     bias_hh_l0 (G*H,), drawn from [-1/sqrt(H), 1/sqrt(H)]; the reverse direction's end in _reverse.
@@ -152,6 +182,9 @@ class Recurrent(RecurrentBase[Any]):
         *,
         backend: Backend = "auto",
         checkpoint_every: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_grad_clip: float | None = None,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(f"cell must be a Cell, got {type(cell).__name__}")
@@ -168,10 +201,23 @@ class Recurrent(RecurrentBase[Any]):
             dtype=dtype,
             backend=backend,
             checkpoint_every=checkpoint_every,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            recurrent_grad_clip=recurrent_grad_clip,
         )
 
     def extra_repr(self) -> str:
         return f"{self.cell}, {super().extra_repr()}"
+
+
+def _normed(mode: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, tuple]:
+    """The mode of the layer-normalised form, and the arguments without b_ih and b_hh."""
+    bias = args[3] if len(args) > 3 else kwargs.pop("bias", True)
+    if not bias or kwargs.get("proj_size"):
+        raise ValueError("layer_norm=True needs bias=True and proj_size=0")
+    kwargs |= {} if len(args) > 3 else {"bias": False}
+    layer_norm.register()
+    return layer_norm.NORMED[mode].name, (*args[:3], *(False for _ in args[3:4]), *args[4:])
 
 
 def _refuse_projection(kwargs: dict[str, Any]) -> None:
@@ -197,25 +243,48 @@ def module_of(cell: str | Cell) -> Callable[..., RecurrentBase]:
 
 
 def explain(
-    module: RecurrentBase, input: Tensor | PackedSequence, lengths: Tensor | None = None
+    module: RecurrentBase,
+    input: Tensor | PackedSequence,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
 ) -> str:
-    """Say for each layer which backend runs for this input, with the plan or the reason.
+    """Say for each layer which backend runs for this call, with the plan or the reason.
 
-    Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
-    cannot run among it; TypeError for another module than rnn.RNN, GRU, LSTM and Recurrent.
+    Of the kernels: the engine, the tiles, the bytes of W_hh's blocks on the chip beside what the
+    chip has, the clocks of a step by the plan's model (not measured), and what the other engine
+    would take or why it cannot run. Nothing is computed.
+
+    Args:
+        module: an rnn.RNN, GRU, LSTM or Recurrent; of a pattern, its .rnn.
+        input, lengths, resets: what the call would be given.
+
+    Raises:
+        TypeError: another module; and what the call would raise, RuntimeError where
+        backend="triton" cannot run among it.
+
+    Example:
+        >>> model = rnn.GRU(5, 7, num_layers=2, backend="torch")
+        >>> print(rnn.explain(model, torch.randn(6, 3, 5)))
+        layer 0: torch: backend="torch" was asked for
+        layer 1: torch: backend="torch" was asked for
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(
             "explain takes an rnn.RNN, GRU, LSTM or Recurrent (of a pattern, its .rnn), got "
             f"{type(module).__name__}"
         )
-    p = module._as_batch(module._prepare(input, None, lengths))
+    if isinstance(input, Tensor) and input.is_nested:
+        nested = Nested.of(input, module.batch_first)
+        input, lengths = nested.pad(), nested.lengths
+    p = module._prepare(input, None, lengths)
+    if resets is not None:
+        _, p = module._cut(p, resets)
+    p = module._as_batch(p)
     why = module.why_pytorchs_operator(p)
     if why:
         return f"all layers: PyTorch's own operator: {why}"
-    cell: Cell = CELLS[module.cell]
-    D, dtype = module.directions, compute_dtype(p.x)
-    how = D, dtype, p.x.device, p.packed is not None
-    plan = choose(module.backend, cell, module.hidden_size, p.batch, *how)
+    spec, dtype = module._spec(p, None), compute_dtype(p.x)
+    how = module.directions, dtype, p.x.device, p.packed is not None, spec.regularised
+    plan = choose(module.backend, spec.stored_cell, module.hidden_size, p.batch, *how)
     name = "torch" if isinstance(plan, NoPlan) else "triton"
     return "\n".join(f"layer {layer}: {name}: {plan}" for layer in range(module.num_layers))

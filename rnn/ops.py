@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import dispatch
 from .autograd import Call, backward, backward_of_plain, is_batched, without_autocast
-from .cells import CELLS, Tensors
+from .cells import Tensors
 from .engines import StepRows, forward_in_torch, forward_in_triton, rows_of
 from .kernels.limits import KernelUnavailable, NoPlan, Plan
 from .layer import Spec, by_operator, time_major
@@ -26,7 +26,8 @@ from .operators import why_faster
 
 SAID = (
     "str cell, int directions, bool reverse, bool batch_first, bool input_product, bool bias, "
-    "bool stacked, bool projected, str backend"
+    "bool stacked, bool projected, str backend, "
+    "bool h_mask=False, bool zoneout=False, float? grad_clip=None"
 )
 MANY_STEPS = 1 << 62
 LIBRARY = torch.library.Library("fused_rnn", "DEF")
@@ -55,10 +56,11 @@ class Layer:
         save: bool,
         **said: Any,
     ) -> None:
-        self.spec, self.cell = Spec(sizes=sizes, **said), CELLS[said["cell"]]
+        self.spec = Spec(sizes=sizes, **said)
+        self.cell = self.spec.stored_cell
         self.x, self.tensors, self.lengths = x, tuple(tensors), lengths
         self.backend, self.save = backend, save
-        self.weight_hh = tensors[self.cell.states + self.spec.input_product]
+        self.weight_hh = tensors[self.spec.first_weight + self.spec.input_product]
         self.batch, self.hidden = tensors[0].size(-2), self.weight_hh.size(-1)
         if sizes is not None and sizes[0] != self.batch:
             raise RuntimeError(f"the states must have {sizes[0]} rows, got {self.batch}")
@@ -70,6 +72,8 @@ class Layer:
         if spec.projected:
             return True
         if self.backend != "auto" or self.lengths is not None or not spec.input_product:
+            return False
+        if spec.regularised:
             return False
         if self.x.dim() == 2:  # packed
             return False
@@ -93,6 +97,7 @@ class Layer:
             self.x.dtype,
             self.x.device,
             self.spec.sizes is not None,
+            self.spec.regularised,
         )
 
     def forward(self, plan: Plan | NoPlan) -> tuple[Tensor, Tensors, Tensors]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .cells import Tensors
 from .operators import OPERATORS, Stack
-from .rows import active_steps, lengths_of
 
 SHUT = -(2.0**60)  # whatever is added to it, its sigmoid is 0, and that of -SHUT is 1
 
@@ -37,12 +36,15 @@ def run_padded_lstm(
     """output, packed as x, and the last states."""
     T, B, H = len(sizes), sizes[0], state0[0].size(2)
     D = 2 if stack.bidirectional else 1
-    lengths = lengths_of(sizes, x.device)
-    active = active_steps(lengths, T)
-    places = active.flatten().nonzero().squeeze(1)  # of the packed rows
-    past_end = active.logical_not().to(x.dtype).unsqueeze(2)
-    steps = F.pad(past_end, (x.size(1), 0)).flatten(0, 1)
-    steps = steps.index_copy(0, places, F.pad(x, (0, 1))).view(T, B, -1)
+    row, rows_at = torch.arange(B, device=x.device), torch.tensor(sizes, device=x.device)[:, None]
+    past = row >= rows_at
+    past_end = past.to(x.dtype).unsqueeze(2)
+    lengths = T - past.sum(0)
+    # Each step is a packed row or, past an end, one more row: zeros and that 1.
+    sources = (row + rows_at.cumsum(0) - rows_at).masked_fill_(past, len(x)).flatten()
+    rows = F.pad(x, (0, 1, 0, 1))
+    rows[-1, -1] = 1
+    steps = rows.index_select(0, sources).view(T, B, -1)
     shutting = x.new_tensor([SHUT, -SHUT, 0.0, SHUT]).repeat_interleave(H).unsqueeze(1)
     each = len(weights) // stack.layers
     last: list[Tensors] = []
@@ -59,7 +61,8 @@ def run_padded_lstm(
             steps = torch.cat((steps, past_end), 2)
         steps, h, c = OPERATORS["lstm"](steps, given, *options)
         # Past its end a row's h is zero: the last one is found where the row ends.
-        h_forward = steps[lengths - 1, torch.arange(B, device=x.device), :H].unsqueeze(0)
+        h_forward = steps[lengths - 1, row, :H].unsqueeze(0)
         last.append((torch.cat((h_forward, h[1:])), c))
     h_n, c_n = (torch.cat(states) for states in zip(*last))
+    places = past.logical_not().flatten().nonzero().squeeze(1)
     return steps.flatten(0, 1).index_select(0, places), (h_n, c_n)

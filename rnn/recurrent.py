@@ -15,6 +15,15 @@ from .checkpointing import check_checkpoint_every, run_in_pieces
 from .dispatch import BACKENDS, Backend
 from .functional import State
 from .layer import Spec
+from .nested import Nested
+from .regularisers import (
+    check_grad_clip,
+    check_probability,
+    check_zoneout,
+    draw_h_mask,
+    draw_keep,
+    of_each_state,
+)
 from .run import run, transformed, values_are_hidden
 from .segments import Segments, check_resets
 
@@ -26,6 +35,9 @@ class RecurrentBase(ByOperator, Generic[S]):
 
     backend: Backend = "auto"  # of instances that were pickled as torch.nn's
     checkpoint_every: int | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
+    recurrent_grad_clip: float | None = None
 
     def __init__(
         self,
@@ -33,6 +45,9 @@ class RecurrentBase(ByOperator, Generic[S]):
         *args: Any,
         backend: Backend = "auto",
         checkpoint_every: int | None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_grad_clip: float | None = None,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -40,13 +55,22 @@ class RecurrentBase(ByOperator, Generic[S]):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
         self.checkpoint_every = check_checkpoint_every(checkpoint_every, self.proj_size)
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = check_zoneout(zoneout, CELLS[self.cell].states)
+        self.recurrent_grad_clip = check_grad_clip(recurrent_grad_clip)
+        if self.proj_size and self.regularisers:
+            names = ", ".join(self.regularisers)
+            raise ValueError(f"{names} needs proj_size=0, got proj_size={self.proj_size}")
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels read each weight where it lies."""
 
     def extra_repr(self) -> str:
         every = self.checkpoint_every
-        more = "" if every is None else f", checkpoint_every={every}"
+        said = (
+            self.regularisers if every is None else self.regularisers | {"checkpoint_every": every}
+        )
+        more = "".join(f", {name}={value}" for name, value in said.items())
         return super().extra_repr() + f", backend={self.backend}" + more
 
     @overload
@@ -75,7 +99,9 @@ class RecurrentBase(ByOperator, Generic[S]):
         """Run all layers.
 
         Args:
-            input: (T, B, I), (B, T, I) if batch_first, (T, I) without a batch, or packed.
+            input: (T, B, I), (B, T, I) if batch_first, (T, I) without a batch, or packed. With
+                batch_first also a nested tensor (B, j, I) of layout torch.jagged; its output has
+                the same offsets.
             hx: (L*D, B, H), or (L*D, H) without a batch; of an LSTM the pair (h0, c0) of such;
                 zeros if None.
             lengths: (B,), int32 or int64, any device, in any order, zeros included: row b ends
@@ -105,6 +131,12 @@ class RecurrentBase(ByOperator, Generic[S]):
             )
         if torch.compiler.is_compiling() and self._needs_values(input, hx, resets):
             return _packed_rows_run_outside_of_graphs(self, input, hx, lengths, resets)
+        if isinstance(input, Tensor) and input.is_nested:
+            if lengths is not None or resets is not None:
+                raise ValueError("a nested tensor has its own lengths; got lengths or resets too")
+            nested = Nested.of(input, self.batch_first)
+            output, state = self._forward(nested.pad(), hx, nested.lengths)
+            return nested.unpad(output), state
         return self._forward(input, hx, lengths, resets)
 
     def _needs_values(self, input: Any, hx: Any, resets: Tensor | None) -> bool:
@@ -112,7 +144,7 @@ class RecurrentBase(ByOperator, Generic[S]):
         if resets is not None:
             return True
         if not isinstance(input, PackedSequence):
-            return False
+            return input.is_nested
         in_graph = batch_of_packed(input, hx) and not transformed()
         return not in_graph or self.checkpoint_every is not None
 
@@ -197,8 +229,8 @@ class RecurrentBase(ByOperator, Generic[S]):
         x = p.x.reshape(len(p.packed.batch_sizes), p.batch, p.x.size(1))
         return p._replace(x=x, packed=None)
 
-    def _in_segments(self, p: Prepared, resets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As `_run`, of the segments of the batch as packed rows."""
+    def _cut(self, p: Prepared, resets: Tensor) -> tuple[Segments, Prepared]:
+        """The segments of the batch, and these as packed rows; p if there are none."""
         if p.packed is not None:
             raise ValueError("resets need padded input, got a PackedSequence as well")
         shape = tuple(p.x.shape[:2])
@@ -208,25 +240,32 @@ class RecurrentBase(ByOperator, Generic[S]):
             x, resets = x.transpose(0, 1), resets.transpose(0, 1)
         segments = Segments.of(resets, p.lengths)
         if segments.total == 0:
-            return self._run(p)
-        backwards = [False, True][: self.directions] * self.num_layers
+            return segments, p
         rows, sizes = segments.gather(x), torch.tensor(segments.sizes, device="cpu")
-        state0 = p.state0 and tuple(segments.enter(s, backwards) for s in p.state0)
-        packed = PackedSequence(rows, sizes)
-        output, state_n = self._run(
-            p._replace(
-                x=rows,
-                batch_first=False,
-                state0=state0,
-                batch=segments.total,
-                lengths=None,
-                packed=packed,
-                unbatched=False,
-            )
+        state0 = p.state0 and tuple(segments.enter(s, self._backwards()) for s in p.state0)
+        return segments, p._replace(
+            x=rows,
+            batch_first=False,
+            state0=state0,
+            batch=segments.total,
+            lengths=None,
+            packed=PackedSequence(rows, sizes),
+            unbatched=False,
         )
+
+    def _backwards(self) -> list[bool]:
+        """Whether the direction of each of the states (L * D, B, H) is the reverse one."""
+        return [False, True][: self.directions] * self.num_layers
+
+    def _in_segments(self, p: Prepared, resets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As `_run`, of the segments of the batch side by side."""
+        segments, cut = self._cut(p, resets)
+        output, state_n = self._run(cut)
+        if segments.total == 0:
+            return output, state_n
         output = segments.scatter(output)
         before = p.state0 or (None,) * len(state_n)
-        last = (segments.leave(s, b, backwards) for s, b in zip(state_n, before))
+        last = (segments.leave(s, b, self._backwards()) for s, b in zip(state_n, before))
         return output.transpose(0, 1) if p.batch_first else output, tuple(last)
 
     if TYPE_CHECKING:  # of torch.nn.Module it is Any
@@ -250,15 +289,14 @@ class RecurrentBase(ByOperator, Generic[S]):
 
     def _by_layers(self, p: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Layer by layer on this library's backends."""
-        cell, D = CELLS[self.cell], self.directions
+        D = self.directions
         x, dtype = p.x, compute_dtype(p.x)
         x = x if x.dtype == dtype else x.to(dtype)
         batch_sizes = None if p.packed is None else p.packed.batch_sizes
         sizes = None
         if batch_sizes is not None and not torch.compiler.is_compiling():
             sizes = tuple(batch_sizes.tolist())
-        projected = self.proj_size > 0
-        spec = Spec(cell.name, D, False, p.batch_first, sizes, True, self.bias, projected=projected)
+        spec = self._spec(p, sizes)
         run_layer, last = run, []
         if self.checkpoint_every is not None and torch.is_grad_enabled():
             run_layer = partial(run_in_pieces, self.checkpoint_every)
@@ -269,7 +307,7 @@ class RecurrentBase(ByOperator, Generic[S]):
                 of_layer = slice(layer * D, (layer + 1) * D)
                 state0 = tuple(s[of_layer].to(dtype) for s in p.state0)
             weights = self._layer_weights(p, layer, dtype)
-            tensors = (*state0, *weights)
+            tensors = (*state0, *self._masks(spec, x, p.batch), *weights)
             x, state_n = run_layer(spec, self.backend, x, p.lengths, tensors, batch_sizes)
             last.append(state_n)
             if self.dropout > 0 and layer < self.num_layers - 1:
@@ -277,6 +315,16 @@ class RecurrentBase(ByOperator, Generic[S]):
         if len(last) == 1:
             return x, last[0]
         return x, tuple(torch.cat(states) for states in zip(*last))
+
+    def _masks(self, spec: Spec, x: Tensor, batch: int) -> list[Tensor]:
+        """Those of a layer whose input is x, by torch's generator on its device."""
+        masks, D, H = [], self.directions, self.hidden_size
+        if spec.h_mask:
+            masks.append(draw_h_mask(self.recurrent_dropout, x, D, batch, H))
+        if spec.zoneout:
+            zoneout = of_each_state(self.zoneout, CELLS[self.cell].states)
+            masks.append(draw_keep(zoneout, x, D, H, self.training))
+        return masks
 
     def _layer_weights(self, p: Prepared, layer: int, dtype: torch.dtype) -> list[Tensor]:
         """The weights of a layer, direction by direction, in the dtype of the computation."""

@@ -54,12 +54,12 @@ def run(
     batch_sizes: Tensor | None = None,  # of packed x in a graph, in place of spec.sizes
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer on tensors that were checked before: output and the last states."""
-    cell, S = CELLS[spec.cell], CELLS[spec.cell].states
+    cell, S = spec.stored_cell, CELLS[spec.cell].states
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if torch.compiler.is_compiling() and not transformed():
         return ops.run_as_op(spec, backend, x, lengths, batch_sizes, tensors, save)
     hidden, batch = tensors[0].size(-1), tensors[0].size(-2)
-    how = spec.directions, x.dtype, x.device, spec.sizes is not None
+    how = spec.directions, x.dtype, x.device, spec.sizes is not None, spec.regularised
     plan = dispatch.choose(backend, cell, hidden, batch, *how)
     if needs_plain_operations((x, *tensors)):
         if backend == "triton":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cells import Cell, Tensors
 from .in_place import Range, form_of
+from .regularisers import OFF, Regularisers
 
 CHUNK = 1 << 14  # numbers of a state in a chunk: 64 KiB in float32, of which some ten fit L2
 
@@ -52,11 +53,26 @@ def can_pack(weight: Tensor, batch: int) -> bool:
     )
 
 
+class Aligned:
+    """Rows (n, K), n at most `batch`, for a product whose bits depend on their values alone.
+
+    Where its operand lies decides in which order MKL sums, on an AMD EPYC and for odd K. float64
+    has the same bits step by step as all at once (`step`), so its rows are copied to one place.
+    """
+
+    def __init__(self, batch: int, like: Tensor) -> None:
+        self.place = like.new_empty(batch, like.size(1)) if like.dtype == torch.float64 else None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows if self.place is None else self.place[: len(rows)].copy_(rows)
+
+
 class Product:
     """The product of a step, h @ weight.T for h (n, K), n at most `batch`."""
 
     def __init__(self, weight: Tensor, batch: int) -> None:
         self.transposed = weight.t()
+        self.aligned = Aligned(batch, weight)
         self.packed: Tensor | None = None
         if can_pack(weight, batch):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
@@ -66,13 +82,13 @@ class Product:
     def __call__(self, h: Tensor) -> Tensor:
         """In memory that the next call may write over."""
         if self.packed is None:
-            return torch.mm(h, self.transposed, out=self.result[: len(h)])
+            return torch.mm(self.aligned(h), self.transposed, out=self.result[: len(h)])
         return torch.ops.mkldnn._linear_pointwise(h, self.packed, None, "none", [], "")
 
     def add_(self, x: Tensor, h: Tensor) -> None:
         """x += h @ weight.T"""
         if self.packed is None:
-            x.addmm_(h, self.transposed)
+            x.addmm_(self.aligned(h), self.transposed)
         else:
             x.add_(self(h))
 
@@ -112,9 +128,12 @@ def forward(
     params: Tensors,  # each (H,)
     sizes: Sequence[int],
     backwards: bool,
+    regularisers: Regularisers = OFF,  # h_mask (B, H) and keep (N, S * H), in the order of the rows
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """The states after each step, S tensors (N, H); the last states, S tensors (B, H); saved."""
+    """The states after each step, S tensors (N, H); the last states, S tensors (B, H); saved, to
+    which zoneout adds the states as the cell's step made them."""
     form = form_of(cell, params)
+    h_mask, keep, _ = regularisers
     B, H = state0[0].shape
     gates = x_gates.view(-1, cell.gates, H)
     # Inner gates come last, but where W_hh h is handed over apart.
@@ -134,6 +153,11 @@ def forward(
     x_steps = x_gates[:, : summed * H].split_with_sizes(sizes)
     views = [view(gates, r).split_with_sizes(sizes) for r in form.step_ranges]
     written = [s.split_with_sizes(sizes) for s in (*states, *apart)]
+    unmixed: list[Tensor] = []
+    if keep is not None:
+        unmixed, states = states, [s.new_empty(s.shape) for s in states]
+        mixed_states = [s.split_with_sizes(sizes) for s in states]
+        keep_steps = [k.split_with_sizes(sizes) for k in keep.chunk(cell.states, 1)]
     last = [s.clone() for s in state0]
     prev, rows = list(state0), 0 if backwards else B
     for t in order(len(sizes), backwards):
@@ -145,24 +169,31 @@ def forward(
         elif n > rows:  # rows that begin here join with their initial state
             prev = [torch.cat((s[:rows], s0[rows:n])) for s, s0 in zip(prev, state0)]
         rows = n
-        m = inner_steps[t]
+        m, h = inner_steps[t], prev[0]
+        if h_mask is not None:
+            h = h * h_mask[:n]
         if form.apart:
-            m = product(prev[0])
+            m = product(h)
         elif m is None:
-            product.add_(x_steps[t], prev[0])
+            product.add_(x_steps[t], h)
         else:
-            h_gates = product(prev[0])
+            h_gates = product(h)
             x_steps[t].add_(h_gates[:, : summed * H])
             torch.add(h_gates[:, summed * H :], bias, out=m)
         new = [s[t] for s in written]
         form.step_([v[t] for v in views], m, prev, new)
+        if keep is not None:
+            for mixed, k, before, after in zip(mixed_states, keep_steps, prev, new):
+                torch.lerp(after, before, k[t], out=mixed[t])
+            new = [mixed[t] for mixed in mixed_states]
         prev = new[: cell.states]
     for end, s in zip(last, prev):
         end[:rows] = s[:rows]
     saved = tuple(apart)
     if form.own_states and not form.apart:
         saved = gates.unbind(1)
-    return tuple(states), tuple(last), saved if inner is None else (*saved, inner)
+    saved = saved if inner is None else (*saved, inner)
+    return tuple(states), tuple(last), (*saved, *unmixed)
 
 
 def chunks(sizes: Sequence[int], H: int, downwards: bool) -> Iterator[tuple[range, int, int]]:
@@ -184,7 +215,7 @@ def backward(
     cell: Cell,
     d_h: Tensor,  # (N, H): the gradient of h after each step; overwritten
     d_last: Sequence[Tensor | None],  # S tensors (B, H)
-    states: Tensors,  # S tensors (N, H)
+    states: Tensors,  # S tensors (N, H), as the cell's step made them
     prev: Tensors,  # the states before each step, S tensors (N, H)
     saved: Tensors,
     weight_hh: Tensor,  # (G * H, H)
@@ -192,6 +223,7 @@ def backward(
     batch: int,
     sizes: Sequence[int],
     backwards: bool,
+    regularisers: Regularisers = OFF,  # as forward takes them
 ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
     """d_x_gates and d_h_gates, (N, G * H), the gradients of the first states, S x (B, H), and
     those of the cell's own params, each (H,).
@@ -199,6 +231,7 @@ def backward(
     A step adds what its gates hand on to d_h of the step before, in place.
     """
     form = form_of(cell, params)
+    h_mask, keep, grad_clip = regularisers
     (N, H), T = d_h.shape, len(sizes)
     d_gates = d_h.new_empty(N, cell.gates, H)
     d_own = d_h.new_empty(N, len(cell.own_params), H)
@@ -210,6 +243,9 @@ def backward(
     ]
     product = Product(weight_hh.t(), batch)
     d_h_steps = d_h.split_with_sizes(sizes)
+    keep_steps: list[Sequence[Tensor]] = []
+    if keep is not None:
+        keep_steps = [k.split_with_sizes(sizes) for k in keep.chunk(len(states), 1)]
     begun = batch if backwards else 0
     if backwards and sizes:
         d_h_steps[0].add_(d_state0[0][: sizes[0]])
@@ -238,12 +274,28 @@ def backward(
                 d_state0[0][begun:n] = 0
                 begun = n
             d_h_t, factor = d_h_steps[t], [x[k] for x in factors]
-            form.step_vjp_(
-                d_h_t, [x[:n] for x in d_state0[1:]], [x[k] for x in d], [x[k] for x in d_x], factor
-            )
+            d_states = [x[:n] for x in d_state0[1:]]
+            kept = [x * mask[t] for x, mask in zip([d_h_t, *d_states], keep_steps)]
+            for x, past in zip([d_h_t, *d_states], kept):  # zoneout
+                x.sub_(past)
+            form.step_vjp_(d_h_t, d_states, [x[k] for x in d], [x[k] for x in d_x], factor)
+            for x, past in zip(d_states, kept[1:]):
+                x.add_(past)
             following = t + 1 if backwards else t - 1  # in this walk: the step before, in time
             onto = d_h_steps[following] if 0 <= following < T else d_state0[0]
             for target, rows in hand_on(onto, d_state0[0], n):
+                if regularisers.any:
+                    handed = product(all_gates[k][rows])
+                    if h_mask is not None:
+                        handed.mul_(h_mask[rows])
+                    if form.past:
+                        handed.addcmul_(d_h_t[rows], factor[-1][rows])
+                    if kept:
+                        handed.add_(kept[0][rows])
+                    if grad_clip is not None:
+                        handed.clamp_(-grad_clip, grad_clip)
+                    target.add_(handed)
+                    continue
                 if form.past:
                     target.addcmul_(d_h_t[rows], factor[-1][rows])
                 product.add_(target, all_gates[k][rows])

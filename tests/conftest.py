@@ -80,6 +80,17 @@ def checked(monkeypatch):
         monkeypatch.setattr(launch, "backward_kernel", Checked(launch.backward_kernel))
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile forgets its graphs, and their number is 0."""
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    yield
+    dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def derived(tmp_path_factory):
     """A test may derive cells: they are no part of the tables that other tests read, and their

@@ -1,5 +1,7 @@
 """The kernels alone, through their launchers: all results of a case, fenced."""
 
+import dataclasses
+
 import torch
 from cases import Case, Problem, in_layout
 
@@ -76,11 +78,13 @@ def weight_gradient(case: Case, p: Problem, output, d_h_gates):
 
 
 def run(
-    case: Case, p: Problem, how: Plan, packed: bool = False, relay=lambda x: x
+    case: Case, p: Problem, how: Plan, packed: bool = False, relay=lambda x: x, **regularisers
 ) -> dict[str, torch.Tensor]:
     """All results of both launchers by name, as by_equation gives them. `relay` is what happens
     between the passes to a tensor that the backward pass reads."""
     cell, fences = CELLS[case.cell], Fences()
+    if "keep" in regularisers:
+        cell = dataclasses.replace(cell, saved=cell.saved + cell.states)
     x_gates, d_output, offsets = in_layout(p.x_gates, case.layout), p.d_output, None
     if packed:
         x_gates, d_output = pack(x_gates, p.lengths), pack(d_output, p.lengths)
@@ -94,6 +98,7 @@ def run(
         p.lengths,
         offsets,
         case.reverse,
+        **regularisers,
     )
     output, state_n, stored = launch.forward(how, cell, inputs, save=True)
     assert (stored is None) == (cell.stored == 0)

@@ -42,7 +42,7 @@ TRITON = "tests/test_recurrence.py -k test_kernels"
 GRADIENTS = "tests/test_gradients.py"
 AUTOGRAD = "tests/test_autograd.py"
 PRECISION = "tests/test_precision.py"
-GENERIC = "tests/test_generic.py -k 'module or without or places or initial'"
+GENERIC = "tests/test_generic.py -k 'module or without or places'"
 
 CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("kernels/recurrence.py", LOOPS): {
@@ -305,10 +305,13 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "input-always-saved": ("x if read else None, lengths", "x, lengths"),
         "version-of-the-input-ignored": ("x._version != ctx.version", "False"),
     },
-    ("rnn/run.py", "tests/test_ops.py -k transforms"): {
+    ("rnn/run.py", "tests/test_graphs.py -k transforms"): {
         "an-op-under-transforms": ("is_compiling() and not transformed()", "is_compiling()"),
     },
-    ("rnn/ops.py", "tests/test_ops.py -k 'replaced or derivatives or lengths_in'"): {
+    (
+        "rnn/ops.py",
+        "tests/test_ops.py tests/test_graphs.py -k 'replaced or derivatives or lengths_in'",
+    ): {
         "another-engines-numbers": (" or dispatch.given_up(plan)", ""),
         "no-second-derivative-of-the-op": ("if torch.is_grad_enabled() or any(", "if any("),
         "no-batched-gradient-of-the-op": (" or any(is_batched(d) for d in d_outputs)", ""),
@@ -323,7 +326,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     ("rnn/in_place.py", GENERIC): {
         "gradients-written-over": ("if S > 1:  # one may", "if False:  # one may"),
     },
-    ("rnn/checked.py", GENERIC): {
+    ("rnn/checked.py", "tests/test_generic_module.py -k initial"): {
         "own-params-as-they-are-drawn": (" else weight.fill_(initial)", " else None"),
     },
     ("rnn/checked.py", "tests/test_explain.py"): {

@@ -29,6 +29,7 @@ JOBS = [
     *(Job(t, "gru", 384, "bfloat16", "padded") for t in NVIDIA),
     *(Job(t, "lstm", 768, "bfloat16", "packed") for t in NVIDIA),
     *(Job("sm_80", "gru", 128, dtype) for dtype in ("tf32", "float32")),
+    Job("sm_80", "gru", 64, "float32", batch=300),
     Job("sm_90", "rnn_tanh", 256, "bfloat16"),
     Job("sm_90", "rnn_tanh", 1024, "bfloat16", "padded"),
     Job("sm_90", "rnn_tanh", 1536, "bfloat16", "padded"),

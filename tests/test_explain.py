@@ -57,6 +57,29 @@ def test_names_pytorchs_operator_where_it_runs(cell, monkeypatch):
         assert bool(ran) == text.startswith("all layers") == (cell == "lstm" or not grad)
 
 
+@on_a_cpu
+@each_cell
+def test_says_what_runs_the_segments(cell, monkeypatch):
+    """That resets cut: packed rows, which other operators are faster on than on a batch."""
+    _, ours = twins(cell, backend="auto")
+    ran, answers = [], []
+    by_operator = rnn.recurrent.Recurrent._by_operator
+    monkeypatch.setattr(
+        rnn.recurrent.Recurrent, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
+    )
+    for grad in (True, False):
+        for resets in (torch.zeros(20, 3), torch.arange(60).view(20, 3) == 7):
+            with torch.set_grad_enabled(grad):
+                ran.clear()
+                ours(X, resets=resets.bool())
+                text = rnn.explain(ours, X, resets=resets.bool())
+            answers.append(text.startswith("all layers: PyTorch's own operator: "))
+            assert answers[-1] == bool(ran)
+    assert answers == ([True] * 4 if cell == "lstm" else [False, False, True, True])
+    nothing = torch.zeros(3, dtype=torch.int64)
+    assert rnn.explain(ours, X, nothing, torch.zeros(20, 3, dtype=torch.bool)).startswith("layer 0")
+
+
 def test_projection():
     ours = rnn.LSTM(I, H, proj_size=3, num_layers=2)
     assert rnn.explain(ours, X) == (
@@ -107,6 +130,13 @@ REFUSED = {
     "lengths too long": lambda m: (X, torch.tensor([1, 2, 21])),
     "lengths of another batch": lambda m: (X, torch.tensor([1, 2])),
     "lengths of a packed input": lambda m: (pack_sequence([X[:, 0]]), torch.tensor([20])),
+    "resets of another shape": lambda m: (X, None, torch.zeros(3, 20, dtype=torch.bool)),
+    "resets of another dtype": lambda m: (X, None, torch.zeros(20, 3)),
+    "resets of a packed input": lambda m: (
+        pack_sequence([X[:, 0]]),
+        None,
+        torch.zeros(20, 1, dtype=torch.bool),
+    ),
 }
 
 
@@ -114,11 +144,11 @@ REFUSED = {
 @pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
 def test_refuses_what_forward_refuses(cell, arguments):
     _, ours = twins(cell)
-    x, *lengths = arguments(ours)
+    x, *more = arguments(ours)
     with pytest.raises(Exception) as refused:
-        ours(x, **({"lengths": lengths[0]} if lengths else {}))
+        ours(x, **dict(zip(("lengths", "resets"), more)))
     with pytest.raises(refused.type) as got:
-        rnn.explain(ours, x, *lengths)
+        rnn.explain(ours, x, *more)
     assert str(got.value) == str(refused.value)
 
 

@@ -16,7 +16,7 @@ from test_plan import layer
 from rnn import dispatch
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.hopper_plan import HopperPlan, Pass, backward_passes, forward_passes
+from rnn.kernels.hopper_plan import HopperPlan, Pass, forward_passes, passes
 from rnn.kernels.limits import KernelUnavailable, NoPlan
 from rnn.kernels.plan import PortablePlan, plan
 
@@ -124,11 +124,17 @@ def test_the_plan_says_what_the_other_engine_would_cost():
     assert f"the portable engine {of_8.otherwise.cost()}" in text
 
 
+def forget():
+    """What was planned, and from what."""
+    plan.cache_clear()
+    passes.cache_clear()
+
+
 def test_without_clusters_one_cta_or_the_portable_engine(monkeypatch):
     monkeypatch.setattr("rnn.kernels.hopper_plan.clusters", lambda: False)
-    plan.cache_clear()
+    forget()
     one, other = (plan(layer("rnn_tanh", H, 16), H100) for H in (128, 512))
-    plan.cache_clear()
+    forget()
     assert isinstance(one, HopperPlan) and {how.ctas for how in passes_of(one)} == {1}
     assert isinstance(other, PortablePlan)
 
@@ -136,9 +142,9 @@ def test_without_clusters_one_cta_or_the_portable_engine(monkeypatch):
 def test_one_cta_with_no_register_to_spare_takes_whole_tiles_of_w_hh_alone():
     """Triton 3.8 spills elsewhere."""
     for H in (129, 160, 201, 255, 256):
-        for passes in (forward_passes, backward_passes):
-            alone = [how for how in passes(layer("rnn_tanh", H, 16), H100, 8) if how.ctas == 1]
-            assert bool(alone) == (H == 256), (H, passes)
+        for both in passes(layer("rnn_tanh", H, 16), H100, 8):
+            alone = [how for how in both if how.ctas == 1]
+            assert bool(alone) == (H == 256), (H, alone)
 
 
 def test_a_step_that_is_over_soon_is_asked_for_earlier():

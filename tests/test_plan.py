@@ -154,6 +154,25 @@ def test_several_steps_share_a_read_where_w_hh_is_read_into_registers():
         assert p.steps == p.steps_backward == 1
 
 
+SIMULATED = {  # clocks of a step, forward and backward, of the compiled loops; bfloat16, 16 rows
+    ("rnn_tanh", 128, "sm_80"): (497, 590),
+    ("rnn_tanh", 256, "sm_80"): (958, 1249),
+    ("gru", 128, "sm_80"): (949, 1729),
+    ("lstm", 128, "sm_80"): (1361, 2742),
+    ("rnn_tanh", 64, "sm_90"): (520, 492),
+    ("rnn_tanh", 128, "sm_90"): (743, 797),
+    ("rnn_tanh", 256, "sm_90"): (1820, 1895),
+    ("gru", 128, "sm_90"): (2428, 2551),
+    ("lstm", 128, "sm_90"): (3126, 3154),
+}
+
+
+@pytest.mark.parametrize(("cell", "H", "target"), SIMULATED)
+def test_the_model_is_near_what_was_simulated(cell, H, target):
+    p = plan(layer(cell, H, 16), CHIPS[target].limits()._replace(no_hopper="is left out here"))
+    assert p.clocks == pytest.approx(sum(SIMULATED[cell, H, target]) / 2, rel=0.25)
+
+
 def test_more_gates_take_more_of_everything():
     plans = [plan(layer(cell, 128, 16), H100) for cell in ("rnn_tanh", "gru", "lstm")]
     for less, more in itertools.pairwise(plans):

@@ -1,8 +1,7 @@
-"""The rest of PyTorch: meta and fake tensors, copies, parametrizations, tracers, compilers,
-exporters and data-parallel training take rnn's modules as they take torch.nn's."""
+"""The rest of PyTorch: meta and fake tensors, copies, tracers and compilers take rnn's modules as
+they take torch.nn's."""
 
 import copy
-import gc
 import io
 import os
 import pickle
@@ -15,10 +14,8 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
-from twins import H, I, assert_same, each_cell, everything, problem, tensors, twins
+from twins import H, I, assert_same, each_cell, tensors, twins
 
 import rnn
 
@@ -218,72 +215,6 @@ def test_a_pickled_module_of_torch_nn_becomes_ours(cell):
     assert_same(again(X.double()), theirs.double()(X.double()))
 
 
-# Weights that are computed.
-
-
-def weight_drop(module):
-    weight = module.weight_hh_l0
-    del module._parameters["weight_hh_l0"]
-    module.register_parameter("raw", nn.Parameter(weight.detach()))
-    kept = (torch.arange(weight.numel()).view(weight.shape) % 2).to(weight)
-    module.register_forward_pre_hook(lambda m, _: setattr(m, "weight_hh_l0", m.raw * kept))
-
-
-class Double(nn.Module):
-    def forward(self, weight):
-        return weight.double()
-
-
-COMPUTED = {
-    "weight_norm": lambda m: nn.utils.weight_norm(m, "weight_hh_l0"),
-    "parametrizations.weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
-    "spectral_norm": lambda m: parametrizations.spectral_norm(m.eval(), "weight_hh_l0"),
-    "prune": lambda m: prune.l1_unstructured(m, "weight_hh_l0", amount=0.5),
-    "weight drop": weight_drop,
-}
-
-
-@each_cell
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
-def test_computed_weights(cell, compute, backend):
-    results = []
-    for module in twins(cell, backend=backend):
-        x, hx = problem(module)
-        torch.manual_seed(1)
-        compute(module)
-        results.append(everything(module, x, hx))
-    assert_same(*reversed(results))
-
-
-@each_cell
-def test_a_parametrization_that_changes_the_dtype(cell):
-    """Parameters in float32 that are computed with in float64."""
-    results = []
-    for module in twins(cell):
-        x, hx = problem(module)
-        for name, _ in [*module.named_parameters()]:
-            parametrize.register_parametrization(module, name, Double(), unsafe=True)
-
-        def call(module, x, hx):
-            state = tuple(s.double() for s in tensors(hx))
-            return module(x.double(), state if len(state) > 1 else state[0])
-
-        results.append(everything(module, x, hx, call))
-    assert_same(*reversed(results))
-
-
-@each_cell
-def test_functional_call_with_weights_of_another_dtype(cell):
-    theirs, ours = twins(cell, **DEEP)
-    double = {n: p.detach().double() for n, p in ours.named_parameters()}
-    expected = functional_call(theirs, double, (X.double(),))
-    assert_same(functional_call(ours, double, (X.double(),)), expected)
-    assert_same(ours(X), theirs(X))
-    with pytest.raises(RuntimeError, match=r"weight_hh_l0 must be torch\.float32"):
-        functional_call(ours, {"weight_hh_l0": double["weight_hh_l0"]}, (X,))
-
-
 # Tracers and compilers.
 
 
@@ -338,7 +269,7 @@ def test_onnx(cell):
     assert operator in [node.op_type for node in graph.node]
 
 
-# PyTorch's own tests, and more processes than one.
+# PyTorch's own tests.
 
 
 def test_pytorchs_own_inputs_and_errors():
@@ -352,61 +283,3 @@ def test_pytorchs_own_inputs_and_errors():
         timeout=300,
     )
     assert process.returncode == 0, process.stderr[-2000:]
-
-
-def data_parallel(rank, file, queue):
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    found = {}
-    for cell in ("rnn_tanh", "lstm"):
-        ours = nn.parallel.DistributedDataParallel(twins(cell, **DEEP)[1])
-        x = problem(ours.module, B=4)[0][:, 2 * rank : 2 * rank + 2]
-        ours(x, lengths=torch.tensor([6, 3]))[0].square().sum().backward()
-        found[cell] = {n: p.grad.numpy().copy() for n, p in ours.module.named_parameters()}
-    if rank == 0:
-        queue.put(found)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def fully_sharded(rank, file, queue):
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    found = {}
-    mesh = dist.init_device_mesh("cpu", (2,))
-    for cell in ("rnn_tanh", "lstm"):
-        ours = twins(cell, **DEEP)[1]
-        x = problem(ours, B=4)[0][:, 2 * rank : 2 * rank + 2]
-        fully_shard(ours, mesh=mesh)
-        ours(x, lengths=torch.tensor([6, 3]))[0].square().sum().backward()
-        found[cell] = {n: p.grad.full_tensor().numpy().copy() for n, p in ours.named_parameters()}
-    if rank == 0:
-        queue.put(found)
-    del ours, mesh  # they hold process groups, whose threads must end before the process
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("worker", [data_parallel, fully_sharded])
-def test_parallel_in_two_processes(worker, tmp_path):
-    """Each has half of the batch; the mean of their gradients is that of the whole, halved."""
-    import torch.multiprocessing as mp
-
-    queue = mp.get_context("spawn").SimpleQueue()
-    workers = mp.spawn(worker, (tmp_path / "store", queue), nprocs=2, join=False)
-    found = queue.get()
-    while not workers.join():
-        pass
-    for cell, gradients in found.items():
-        ours = twins(cell, **DEEP)[1]
-        x = problem(ours, B=4)[0]
-        output, _ = ours(x, lengths=torch.tensor([6, 3, 6, 3]))
-        (output.square().sum() / 2).backward()
-        whole = {n: p.grad for n, p in ours.named_parameters()}
-        assert_same({n: torch.from_numpy(g) for n, g in gradients.items()}, whole)

@@ -8,7 +8,7 @@ from cases import Case, assert_close_to_float64, problem
 
 pytest.importorskip("triton")
 
-from launched import from_bits, run, sorted_lengths
+from launched import from_bits, planned, run, sorted_lengths
 
 from rnn.cells import CELLS
 from rnn.kernels import faults, launch
@@ -80,6 +80,20 @@ def test_packed_rows(cell, concurrent, nan_filled):
     padded = run(case, p, how)
     for name, x in run(case, p, how, packed=True).items():
         assert torch.equal(x, padded[name]), name
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_regularisers(cell, concurrent, nan_filled):
+    """What a block hands on of h is masked, and each takes its own part of what it keeps."""
+    case = Case(cell, T=4, B=5, H=33, directions=2, ragged=True)
+    p = problem(case).to(torch.float32)
+    chance = torch.full((2, case.B, case.H), 0.6)
+    keep = torch.full((case.T, case.B, 2 * CELLS[cell].states * case.H), 0.3)
+    said = {"h_mask": chance.bernoulli() / 0.6, "keep": keep.bernoulli(), "grad_clip": 0.5}
+    want = run(case, p, planned(case, torch.float32), **said)
+    concurrent()
+    for name, x in run(case, p, sliced(case, 16), **said).items():
+        torch.testing.assert_close(x, want[name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("block_s", [16, 32])

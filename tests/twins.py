@@ -68,7 +68,7 @@ def problem(module: Any, T: int = 6, B: int = 3, hx: bool = True) -> tuple[Tenso
     x = leaf(*((B, T) if module.batch_first else (T, B)), module.input_size)
     layers = module.num_layers * (2 if module.bidirectional else 1)
     widths = [module.proj_size or module.hidden_size, module.hidden_size]
-    states = tuple(leaf(layers, B, w) for w in widths[: 2 if module.mode == "LSTM" else 1])
+    states = tuple(leaf(layers, B, w) for w in widths[: 2 if "lstm" in module.mode.lower() else 1])
     return x, (states if len(states) > 1 else states[0]) if hx else None
 
 

@@ -4,7 +4,9 @@ Held-out bits per character stand beside those of count models of order 0 to 3.
 """
 
 import os
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from .language_model import (
     make_model,
     sample,
 )
+from .processes import Processes, processes
 
 TRIAL = 4  # steps
 SAMPLE = 600  # characters
@@ -110,7 +113,11 @@ def plot_losses(losses: list[float], heldout: float, counted: list[float], path:
 
 
 def make_trainer(
-    settings: Settings, corpus: Corpus, checkpoint: dict[str, Any] | None, path: Path
+    settings: Settings,
+    corpus: Corpus,
+    checkpoint: dict[str, Any] | None,
+    path: Path,
+    team: Processes,
 ) -> Trainer:
     """Build the model where it will run, print what it is and what runs it, restore its state."""
     device = find_device(settings.device)
@@ -118,8 +125,9 @@ def make_trainer(
     torch.manual_seed(settings.seed)
     try:
         model = make_model(corpus.symbols, settings).to(device, dtype)
-        trainer = Trainer(model, corpus.train)
-        plan = explain(model.rnn, torch.empty(CHUNK, ROWS, EMBEDDING, device=device, dtype=dtype))
+        trainer = Trainer(model, corpus.train, team)
+        rows = ROWS // team.count
+        plan = explain(model.rnn, torch.empty(CHUNK, rows, EMBEDDING, device=device, dtype=dtype))
     except RuntimeError as error:  # no memory, or --backend triton where it cannot run
         raise JobError(f"cannot run this model: {error}") from error
     if checkpoint:
@@ -131,6 +139,8 @@ def make_trainer(
             trainer.load_state_dict(checkpoint)
     weights = sum(weight.numel() for weight in model.parameters())
     print(f"model: {L} layers of {H}, {settings.dtype}, {weights:,} weights, on {device}")
+    if team.count > 1:
+        print(f"{team.count} processes, {rows} of {ROWS} streams each")
     print(f"cell: {settings.cell}\n{plan}")
     return trainer
 
@@ -157,14 +167,15 @@ def learn(
     settings: Settings,
     corpus: Corpus,
     out: Path,
+    team: Processes,
     *,
     checkpoint: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Train in a folder that is owned, save checkpoints, report. An interrupt of the training is
-    raised once a checkpoint is saved."""
+    raised once a checkpoint is saved; that of one process ends all."""
     path = out / CHECKPOINT
-    trainer = make_trainer(settings, corpus, checkpoint, path)
+    trainer = make_trainer(settings, corpus, checkpoint, path, team)
     if checkpoint:
         print(f"resumed after {len(trainer.losses)} steps, {trainer.seconds:.1f} s")
     saver = Saver(path, settings.save_every, overwrite=overwrite or checkpoint is not None)
@@ -172,45 +183,69 @@ def learn(
     def spent() -> float:
         return trainer.seconds / settings.seconds
 
-    def state() -> dict[str, Any]:
+    def save(how: Callable[[Callable[[], dict[str, Any]]], None]) -> None:
         about = {"format": format_of("charlm"), "settings": asdict(settings)}
         about |= {"digest": corpus.digest, "characters": corpus.characters}
-        return about | trainer.state_dict()
+        checkpoint = about | trainer.state_dict()
+        team.by_first(lambda: how(lambda: checkpoint))
+
+    def save_if_due() -> None:
+        if team.any(team.first and saver.due()):
+            save(saver.after_step)
 
     if spent() < 1:
         with interrupts_held() as interrupted:
 
             def ended() -> bool:
+                if team.any(interrupted.is_set()) and not interrupted.is_set():
+                    signal.raise_signal(signal.SIGTERM)  # as another process got one
                 return spent() >= 1 or interrupted.is_set()
 
-            if trainer.inputs.device.type == "cpu" and torch.get_num_threads() > 1:
+            cpu = trainer.inputs.device.type == "cpu"
+            if cpu and team.count == 1 and torch.get_num_threads() > 1:
                 choose_threads(trainer, learning_rate(max(spent(), WARM_UP / 10)), ended)
-            train(trainer, spent, ended, lambda: saver.after_step(state))
+            train(trainer, spent, ended, save_if_due)
             if trainer.losses:
-                saver.at_end(state)
+                save(saver.at_end)
     else:
         print(f"nothing to train: its {settings.seconds:g} s are spent; --seconds gives it more")
-    report(trainer, corpus, out)
+    if team.first:
+        report(trainer, corpus, out)
     print(f"checkpoint and loss curve: {path}, {out / LOSS_CURVE}")
 
 
-def run(settings: Settings, out: Path, overwrite: bool = False) -> None:
+def run(
+    settings: Settings, out: Path, overwrite: bool = False, team: Processes | None = None
+) -> None:
     """Start afresh: read the text, train, report."""
-    corpus = read_corpus(settings.text)
-    make_folder(out)
-    with owned(out):
-        learn(settings, corpus, out, overwrite=overwrite)
+    team = team or Processes()
+    with ExitStack() as while_owned:
+
+        def prepare() -> Corpus:
+            corpus = read_corpus(settings.text)
+            make_folder(out)
+            while_owned.enter_context(owned(out))
+            return corpus
+
+        learn(settings, team.by_first(prepare), out, team, overwrite=overwrite)
 
 
-def resume(given: dict[str, Any], out: Path) -> None:
+def resume(given: dict[str, Any], out: Path, team: Processes) -> None:
     """Go on from the checkpoint in a folder, with the given settings and its others."""
     path = out / CHECKPOINT
-    if not path.is_file():
-        raise JobError(f"there is no checkpoint {path}")
-    with owned(out):  # before the checkpoint is read: nobody may replace it meanwhile
-        checkpoint = load_checkpoint(path, "charlm")
-        settings = settle(given, check(checkpoint, path))
-        learn(settings, read_corpus(settings.text), out, checkpoint=checkpoint)
+    with ExitStack() as while_owned:
+
+        def prepare() -> tuple[Settings, Corpus, dict[str, Any]]:
+            if not path.is_file():
+                raise JobError(f"there is no checkpoint {path}")
+            # Before the checkpoint is read: nobody may replace it meanwhile.
+            while_owned.enter_context(owned(out))
+            checkpoint = load_checkpoint(path, "charlm")
+            settings = settle(given, check(checkpoint, path))
+            return settings, read_corpus(settings.text), checkpoint
+
+        settings, corpus, checkpoint = team.by_first(prepare)
+        learn(settings, corpus, out, team, checkpoint=checkpoint)
 
 
 def check(checkpoint: dict[str, Any], path: Path) -> Settings:
@@ -278,13 +313,14 @@ def settle(given: dict[str, Any], saved: Settings) -> Settings:
 
 def start(given: dict[str, Any], out: Path) -> None:
     """Run what a parsed command line asks for."""
-    overwrite = given.pop("overwrite", False)
-    if not given.pop("resume", False):
-        run(Settings(**given), out, overwrite)
-    elif overwrite:
+    overwrite, resumed = given.pop("overwrite", False), given.pop("resume", False)
+    if resumed and overwrite:
         raise JobError("--resume goes on from the checkpoint that --overwrite replaces: give one")
-    else:
-        resume(given, out)
+    with processes(ROWS) as team:
+        if resumed:
+            resume(given, out, team)
+        else:
+            run(Settings(**given), out, overwrite, team)
 
 
 def main(name: str, argv: Sequence[str]) -> int:

@@ -56,10 +56,14 @@ class Saver:
             self.keep = next(name for name in names if not name.exists())
             print(f"{path} is of an earlier run: it will be kept as {self.keep}")
 
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        return time.monotonic() - self.tried_at >= self.every
+
     def after_step(self, make: Callable[[], dict[str, Any]]) -> None:
         """Save make() if it is time to. JobError if the first save fails. A later one that fails
         is tried again in its time: until then the training goes on."""
-        if time.monotonic() - self.tried_at < self.every:
+        if not self.due():
             return
         try:
             self._save(make())

@@ -24,9 +24,12 @@ class JobError(Exception):
 
 
 class Stderr:
-    """Standard error, as long as somebody reads it: a training does not end with its terminal."""
+    """Standard error, as long as somebody reads it: a training does not end with its terminal. Of
+    the processes that torchrun starts, the first alone writes."""
 
     def write(self, text: str) -> int:
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         try:
             return sys.stderr.write(text) if sys.stderr else 0
         except (OSError, ValueError):  # a broken pipe, a terminal that hung up, a closed file

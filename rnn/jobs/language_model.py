@@ -23,6 +23,7 @@ from ..patterns import IGNORED
 from .checkpoint import fits
 from .cli import SAVE_EVERY, JobError
 from .corpus import Corpus, streams
+from .processes import Processes
 from .training import clip_gradient
 
 ROWS = 64  # B: streams of text read side by side
@@ -132,11 +133,13 @@ class Trainer:
     """Truncated BPTT over one text, one chunk at a time: all that a checkpoint must hold.
 
     Adam steps float32 copies of 16-bit weights, which lack the digits for its small steps; other
-    weights are stepped where they lie (`masters` shares their memory).
+    weights are stepped where they lie (`masters` shares their memory). Several processes have the
+    same weights, and each the state of its own streams.
     """
 
-    def __init__(self, model: ManyToMany, text: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: ManyToMany, text: Tensor, processes: Processes | None = None) -> None:
+        self.model, self.processes = model, processes or Processes()
+        self.stream = self.processes.wrap(model, "stream")
         self.inputs, self.targets = streams(text.to(model.readout.weight.device), ROWS)
         self.masters = {
             name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -144,9 +147,9 @@ class Trainer:
         }
         self.optimizer = torch.optim.Adam(self.masters.values())
         self.position = 0  # in every stream
-        self.state: State | None = None  # (L, B, H) each
+        self.state: State | None = None  # (L, B, H) each, of the streams of this process
         self.losses: list[float] = []  # of each step, in bits per character
-        self.seconds = 0.0  # spent in steps
+        self.seconds = 0.0  # spent in steps, the mean of the processes
 
     def step(self, rate: float) -> None:
         """Read the next chunk and learn from it."""
@@ -154,25 +157,29 @@ class Trainer:
         if self.position >= len(self.inputs):
             self.position, self.state = 0, None
         chunk = slice(self.position, self.position + CHUNK)
-        targets = self.targets[chunk]
-        characters = int(targets.ne(IGNORED).sum())
+        characters = int(self.targets[chunk].ne(IGNORED).sum())
+        mine = chunk, self.processes.columns
 
-        logits, state = self.model.stream(self.inputs[chunk].long(), self.state)
-        loss = nats(logits, targets)
+        logits, state = self.stream(self.inputs[mine].long(), self.state)
+        loss = nats(logits, self.targets[mine])
         self.model.zero_grad()
         loss.backward()  # of the sum: the mean's gradients would underflow in float16
         self._update(rate, characters)
 
         self.state = map_state(Tensor.detach, state)
         self.position += CHUNK
-        self.losses.append(loss.item() / characters / math.log(2))
-        self.seconds += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        total, elapsed = self.processes.total(loss.item(), elapsed / self.processes.count)
+        self.losses.append(total / characters / math.log(2))
+        self.seconds += elapsed
 
     @torch.no_grad()
     def _update(self, rate: float, characters: int) -> None:
         weights = dict(self.model.named_parameters())
+        characters_of_each = characters / self.processes.count  # the gradient is the mean of theirs
         for name, master in self.masters.items():
-            master.grad = weights[name].grad.to(master.dtype) / characters  # type: ignore[union-attr]
+            grad = weights[name].grad.to(master.dtype)  # type: ignore[union-attr]
+            master.grad = grad / characters_of_each
         clip_gradient(self.masters.values(), CLIP, len(self.losses) + 1)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
@@ -180,11 +187,13 @@ class Trainer:
             weights[name].copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it, the state of all streams among it: the same for any number of processes."""
+        gather = self.processes.gather
         return {
             "model": self.masters,
             "optimizer": self.optimizer.state_dict(),
             "position": self.position,
-            "state": self.state,
+            "state": None if self.state is None else map_state(gather, self.state),
             "losses": self.losses,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
@@ -202,7 +211,8 @@ class Trainer:
             found, wanted = (x if isinstance(x, tuple) else (x,) for x in (state, expected))
             if len(found) != len(wanted) or not all(fits(a, b) for a, b in zip(found, wanted)):
                 raise ValueError("its 'state' does not fit the model")
-            state = map_state(lambda x: x.to(self.inputs.device), state)
+            mine = self.processes.columns
+            state = map_state(lambda x: x[:, mine].to(self.inputs.device), state)
         try:
             torch.Generator().set_state(saved["rng"])
         except (RuntimeError, TypeError) as error:
