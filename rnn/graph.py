@@ -124,15 +124,13 @@ class Graph:
         of_b = self._factors(b)
         if of_b is None:
             return None
-        whole = self.nodes[a]
-        for x, rest in (
-            (a, None),
-            *(zip(whole.args, whole.args[::-1]) if whole.op == "add" else ()),
-        ):
+        is_sum = self.nodes[a].op == "add"
+        terms = self.nodes[a].args if is_sum else (a,)
+        for x, rest in zip(terms, terms[::-1]):
             of_x = self._factors(x)
             if of_x is not None and of_x[0] == of_b[0]:
                 both = self.apply("mul", of_x[0], self.apply(op, of_x[1], of_b[1]))
-                return both if rest is None else self.apply("add", rest, both)
+                return self.apply("add", rest, both) if is_sum else both
         return None
 
     def _gates_first(self, a: int, b: int) -> tuple[int, int]:
