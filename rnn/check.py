@@ -73,7 +73,10 @@ def check_cell(
         ValueError: unknown cell or chip.
 
     Example:
-        >>> print(rnn.check_cell("gru"))
+        >>> print(rnn.check_cell("gru"))  # doctest: +ELLIPSIS
+        gru: 3 gate(s), 1 state(s), params b_hn
+        derivative: agrees with finite differences in float64
+        ...
     """
     cell = cell_of(cell)
     if chip not in CHIPS:

@@ -128,6 +128,14 @@ def source(cell: Cell, language: str = "triton") -> str:
     """The source that `rnn.cell` made of a function, "triton" for the kernels or "torch".
 
     Raises TypeError for a cell that was written by hand.
+
+    Example:
+        >>> @rnn.cell(gates=1)
+        ... def softsign_unit(x, h_gates, state, params):
+        ...     a = x[0] + h_gates[0]
+        ...     return (a / (1 + a.abs()),)
+        >>> "def step_vjp(d_state, state_prev, state, saved, params" in rnn.source(softsign_unit)
+        True
     """
     if not isinstance(cell, DerivedCell):
         raise TypeError(f"source takes a cell that rnn.cell made, got {cell!r}")

@@ -250,8 +250,23 @@ def explain(
 ) -> str:
     """Say for each layer which backend runs for this call, with the plan or the reason.
 
-    Nothing is computed. Raises what the call would raise, RuntimeError where backend="triton"
-    cannot run among it; TypeError for another module than rnn.RNN, GRU, LSTM and Recurrent.
+    Of the kernels: the engine, the tiles, the bytes of W_hh's blocks on the chip beside what the
+    chip has, the clocks of a step by the plan's model (not measured), and what the other engine
+    would take or why it cannot run. Nothing is computed.
+
+    Args:
+        module: an rnn.RNN, GRU, LSTM or Recurrent; of a pattern, its .rnn.
+        input, lengths, resets: what the call would be given.
+
+    Raises:
+        TypeError: another module; and what the call would raise, RuntimeError where
+        backend="triton" cannot run among it.
+
+    Example:
+        >>> model = rnn.GRU(5, 7, num_layers=2, backend="torch")
+        >>> print(rnn.explain(model, torch.randn(6, 3, 5)))
+        layer 0: torch: backend="torch" was asked for
+        layer 1: torch: backend="torch" was asked for
     """
     if not isinstance(module, RecurrentBase):
         raise TypeError(

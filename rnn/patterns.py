@@ -11,8 +11,7 @@ Sequences are time-major, (T, B, ...), as by default in torch.nn.RNN. In the dra
 from left to right, `->` is W_hh, an input goes up through W_ih, and a state goes up through W_hy.
 
 Arguments that all constructors share:
-    cell: a name in rnn.modules.MODULES, such as "rnn_tanh" or "lstm", or any Cell, as of
-        rnn.Recurrent.
+    cell: "rnn_tanh", "rnn_relu", "gru", "lstm", or a Cell, such as rnn.cell makes.
     embedding: None if the inputs are vectors of input_size features. A width if they are symbols,
         int64 in [0, input_size): each is then embedded into a vector of that width.
     num_layers, bidirectional, dropout, bias, backend, device, dtype: as in rnn.RNN.
@@ -106,13 +105,24 @@ class Pattern(nn.Module):
 
 
 class OneToOne(Pattern):
-    """One input, one output, one step from a zero state: a plain network.
+    """One input, one output, one step from a zero state: a plain network, y = W_hy h_1.
 
     y
     ^
     h
     ^
     x
+
+    Args:
+        input_size, hidden_size, outputs: features of x, hidden units, classes.
+        cell, embedding, and the options of rnn.RNN: see rnn.patterns.
+
+    Example:
+        >>> model = rnn.OneToOne(5, hidden_size=16, outputs=3, cell="gru")
+        >>> x, labels = torch.randn(4, 5), torch.tensor([0, 2, 1, 1])
+        >>> model(x).shape
+        torch.Size([4, 3])
+        >>> model.loss(x, labels).backward()
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,13 +136,25 @@ class OneToOne(Pattern):
 
 
 class ManyToOne(Pattern):
-    """A sequence gives one label. A bidirectional model reads the last state of each direction.
+    """A sequence gives one label, y = W_hy h_T: sentiment. A bidirectional model reads the last
+    state of each direction.
 
                 y
                 ^
     h --> h --> h
     ^     ^     ^
     x1    x2    x3
+
+    Args:
+        input_size, hidden_size, outputs: features of x (or symbols), hidden units, classes.
+        cell, embedding, and the options of rnn.RNN: see rnn.patterns.
+
+    Example:
+        >>> model = rnn.ManyToOne(500, hidden_size=16, outputs=2, embedding=8, bidirectional=True)
+        >>> words, lengths = torch.randint(500, (12, 4)), torch.tensor([12, 3, 0, 7])
+        >>> model(words, lengths).shape
+        torch.Size([4, 2])
+        >>> model.loss(words, torch.tensor([0, 1, 1, 0]), lengths).backward()
     """
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -149,14 +171,29 @@ class ManyToOne(Pattern):
 
 
 class ManyToMany(Pattern):
-    """An output at each step. In a bidirectional model it depends on the whole sequence. Otherwise
-    it depends on the steps so far, and the sequence may come in pieces (`stream`).
+    """An output at each step, y_t = W_hy h_t: a label for every video frame. In a bidirectional
+    model it depends on the whole sequence. Otherwise it depends on the steps so far, and the
+    sequence may come in pieces (`stream`).
 
         y1    y2    y3
         ^     ^     ^
         h --> h --> h
         ^     ^     ^
         x1    x2    x3
+
+    Args:
+        input_size, hidden_size, outputs: features of x (or symbols), hidden units, classes.
+        cell, embedding, and the options of rnn.RNN: see rnn.patterns.
+
+    Example:
+        >>> model = rnn.ManyToMany(64, hidden_size=32, outputs=10, cell="lstm")
+        >>> frames = torch.randn(25, 2, 64)
+        >>> model(frames).shape
+        torch.Size([25, 2, 10])
+        >>> first, state = model.stream(frames[:20])
+        >>> rest, state = model.stream(frames[20:], state)
+        >>> torch.allclose(torch.cat([first, rest]), model(frames), atol=1e-5)
+        True
     """
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -207,6 +244,18 @@ class OneToMany(nn.Module):
         outputs: the number of symbols, the end symbol among them.
         end: the symbol that ends a sequence. This class adds it: targets do not hold it.
         symbol_size: features of c and of an embedded symbol.
+        cell, embedding, and the options of rnn.RNN: see rnn.patterns.
+
+    Raises:
+        ValueError: `end` is no symbol, or the model is bidirectional.
+
+    Example:
+        >>> model = rnn.OneToMany(64, hidden_size=32, outputs=27, cell="gru")
+        >>> images, names = torch.randn(2, 64), torch.randint(1, 27, (6, 2))
+        >>> model.loss(images, names, lengths=torch.tensor([4, 6])).backward()
+        >>> symbols, ends, scores = model.generate(images, max_length=5, beam=3)
+        >>> symbols.shape[1], scores.shape  # symbols (T, B), T at most max_length
+        (2, torch.Size([2]))
     """
 
     def __init__(
@@ -293,6 +342,13 @@ class EncoderDecoder(nn.Module):
         input_size: of x; see the top of this file for `embedding`.
         hidden_size, num_layers, dropout, cell: of the encoder and of the decoder.
         outputs, end, symbol_size: of the decoder, a OneToMany.
+
+    Example:
+        >>> model = rnn.EncoderDecoder(500, hidden_size=32, outputs=400, embedding=16, cell="lstm")
+        >>> words, lengths = torch.randint(500, (9, 2)), torch.tensor([9, 4])
+        >>> model.loss(words, torch.randint(1, 400, (7, 2)), lengths).backward()
+        >>> model.generate(words, lengths, max_length=8).lengths.shape
+        torch.Size([2])
     """
 
     def __init__(

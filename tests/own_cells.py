@@ -1,4 +1,5 @@
-"""Two cells that are no module of torch.nn, for tests of what serves any cell.
+"""Two cells that are no module of torch.nn, for tests of what serves any cell; modules of them, and
+the plain loop that these are held against.
 
 leaky     one state, a rate a per unit: h = h + a * (tanh(x + W_hh h) - h)
 peephole  an LSTM whose gates see c, with a third state that counts what was written; the bias
@@ -8,8 +9,11 @@ peephole  an LSTM whose gates see c, with a third state that counts what was wri
 import pytest
 import torch
 import triton
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from triton import language as tl
+from twins import tensors
 
+import rnn
 from rnn.cells import CELLS, Cell
 from rnn.kernels.cells import CELLS as TILES
 from rnn.kernels.cells import TileCell, sigmoid, tanh
@@ -138,3 +142,98 @@ def in_the_tables():
             patch.setitem(CELLS, name, cell)
             patch.setitem(TILES, name, TILE_CELLS[name])
         yield
+
+
+I, H = 5, 17
+CELLS_HERE = [LEAKY, CELLS["lstm"], PEEPHOLE]  # of one, two and three states
+DEEP = {"num_layers": 2, "bidirectional": True}
+DOUBLE = {"dtype": torch.float64, "backend": "torch"}
+LENGTHS = torch.tensor([2, 6, 0])
+each_cell = pytest.mark.parametrize("cell", CELLS_HERE, ids=lambda c: c.name)
+each_own = pytest.mark.parametrize("cell", OWN.values(), ids=OWN)
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def module(cell, hidden_size=H, seed=0, **options):
+    """With weights that are all drawn, the cell's own among them."""
+    torch.manual_seed(seed)
+    made = rnn.Recurrent(cell, I, hidden_size, **options)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if name.split("_l")[0] in dict(cell.own_params):
+                p.uniform_(0.1, 0.9)
+    return made
+
+
+def given(of, T=6, B=3):
+    """An input (T, B, I) in the module's layout and states, as leaves."""
+    generator = torch.Generator().manual_seed(T + B)
+    dtype = of.weight_hh_l0.dtype
+
+    def leaf(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.to(dtype).requires_grad_()
+
+    layers = of.num_layers * of.directions
+    hx = tuple(leaf(layers, B, of.hidden_size) for _ in range(CELLS[of.cell].states))
+    x = leaf(*((B, T) if of.batch_first else (T, B)), I)
+    return x, hx if len(hx) > 1 else hx[0]
+
+
+def loop(of, x, hx=None, lengths=None, resets=None):
+    """What the module computes, step by step; x is (T, B, I)."""
+    cell, (T, B) = CELLS[of.cell], x.shape[:2]
+    weights, last = dict(of.named_parameters()), []
+    inner = len(cell.inner_bias)
+    for layer in range(of.num_layers):
+        outputs = []
+        for backwards in [False, True][: of.directions]:
+            end = f"_l{layer}" + "_reverse" * backwards
+            W_ih, W_hh = weights["weight_ih" + end], weights["weight_hh" + end]
+            b_ih = weights["bias_ih" + end] if of.bias else 0.0
+            b_hh = weights["bias_hh" + end] if of.bias else 0.0
+            params = [x.new_zeros(of.hidden_size)] * inner  # b_hh is in h_gates, all of it
+            params += [weights[name + end] for name, _ in cell.own_params]
+            zeros = x.new_zeros(B, of.hidden_size)
+            state = (zeros,) * cell.states
+            if hx is not None:
+                state = tuple(s[len(last)] for s in tensors(hx))
+            output = [zeros] * T
+            for t in reversed(range(T)) if backwards else range(T):
+                if resets is not None and t + backwards < T:  # where a segment begins, or has begun
+                    begins = resets[t + backwards]
+                    if lengths is not None:
+                        begins = begins & (t + backwards < lengths)
+                    state = tuple(torch.where(begins[:, None], zeros, s) for s in state)
+                x_gates = (x[t] @ W_ih.t() + b_ih).chunk(cell.gates, 1)
+                h_gates = (state[0] @ W_hh.t() + b_hh).chunk(cell.gates, 1)
+                new, _ = cell.step(x_gates, h_gates, state, tuple(params))
+                active = torch.ones(B, 1, dtype=torch.bool)
+                if lengths is not None:
+                    active = (t < lengths)[:, None]
+                state = tuple(torch.where(active, a, b) for a, b in zip(new, state))
+                output[t] = torch.where(active, state[0], zeros)
+            outputs.append(torch.stack(output))
+            last.append(state)
+        x = torch.cat(outputs, 2)
+    state_n = tuple(torch.stack(s) for s in zip(*last))
+    return x, state_n if len(state_n) > 1 else state_n[0]
+
+
+def packed(of, x, hx=None, **kwargs):
+    """The call on packed rows, of lengths 6, 2 and 1; the loop on those lengths."""
+    lengths = torch.tensor([2, 6, 1])
+    rows = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    output, state = of(rows, hx)
+    assert isinstance(output, PackedSequence)
+    return pad_packed_sequence(output)[0], state
+
+
+RESETS = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+CALLS = {
+    "padded": {},
+    "lengths": {"lengths": LENGTHS},
+    "packed": {"lengths": torch.tensor([2, 6, 1])},
+    "resets": {"resets": RESETS},
+    "resets and lengths": {"resets": RESETS, "lengths": LENGTHS},
+}
