@@ -247,6 +247,8 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         return 8
     if unit == "wgmma":
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
+        if layer.regularised and layer.parts == 2:  # masks take registers too
+            units = 8
         return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))
 
