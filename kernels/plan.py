@@ -265,9 +265,10 @@ def steps_of_iteration(
     if layer.regularised:  # masks take registers too
         return (2, 2) if weights < 128 and layer.itemsize == 2 else (1, 1)
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
-        return 4, 4 if layer.stored < 7 else 1
+        few = layer.stored + layer.params < 7  # tiles that a step backward holds beside W_hh
+        return 4, 4 if few else 1
     if layer.gates == 1:
-        return 4, 2 if ragged else 4
+        return 4, 1 if layer.states > 1 else 2 if ragged else 4
     return 2, 1
 
 

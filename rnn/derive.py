@@ -16,22 +16,25 @@ import torch
 from torch import Tensor
 
 from . import generated
-from .cells import CELLS, Cell
+from .cells import CELLS, Cell, Tensors
 from .graph import cut
 from .printer import TORCH, TRITON, Function, module_text
 from .tracing import Initial, Recipe, Step, Traced, trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DerivedCell(Cell):
     """A Cell that `rnn.cell` made."""
 
-    function: Step | None = None  # the user's
-    torch_source: str = ""
-    triton_source: str = ""
-    reads_h: bool = False  # these three as kernels/cells.py has them
-    reads: tuple[int, ...] = ()
-    recalls: bool = False
+    function: Step  # the user's
+    torch_source: str
+    triton_source: str
+    # step_vjp in two: what does not depend on d_state, for any number of steps at once; the rest.
+    slopes: Callable[[Tensors, Tensors, Tensors, Tensors], Tensors]
+    times_slopes: Callable[[Tensors, Tensors], Any]
+    reads_h: bool  # these three as kernels/cells.py has them
+    reads: tuple[int, ...]
+    recalls: bool
 
     def tiles(self) -> Any:
         """The cell as tiles, for the table in kernels/cells.py. Needs triton."""
@@ -41,7 +44,7 @@ class DerivedCell(Cell):
         return TileCell(module.step, module.step_vjp, self.reads_h, self.reads, self.recalls)
 
     def __reduce__(self) -> Any:
-        return registered, (self.name, getattr(self.function, "__module__", ""))
+        return registered, (self.name, self.function.__module__)
 
 
 def registered(name: str, module: str) -> Cell:
@@ -155,19 +158,25 @@ def derive(recipe: Recipe) -> DerivedCell:
     return made
 
 
-def assembled(recipe: Recipe, traced: Traced) -> DerivedCell:
-    graph, G, S = traced.graph, recipe.gates, recipe.states
+def inner_gates(recipe: Recipe, traced: Traced) -> list[int]:
+    """The gates that are used in another way than as x + h: their b_hh stands inside the step."""
+    graph, inner = traced.graph, []
     forward = graph.below(traced.state)
-    gradients = [g for g in traced.gradients.values() if g is not None]
-    values = graph.below([*traced.state, *gradients])
-    inner = []
-    for k in range(G):
+    values = graph.below([*traced.state, *(g for g in traced.gradients.values() if g is not None)])
+    for k in range(recipe.gates):
         x, h = graph.leaf("x_gates", k), graph.leaf("h_gates", k)
         if x not in forward and h not in forward:
-            raise recipe.refuse(f"gate {k} of {G} is not used")
+            raise recipe.refuse(f"gate {k} of {recipe.gates} is not used")
         users = {v for v in values if not {x, h}.isdisjoint(graph.nodes[v].args)}
         if users != {graph.apply("add", x, h)} or not {x, h}.isdisjoint(traced.state):
             inner.append(k)
+    return inner
+
+
+def assembled(recipe: Recipe, traced: Traced) -> DerivedCell:
+    graph, G, S = traced.graph, recipe.gates, recipe.states
+    inner = inner_gates(recipe, traced)
+    gradients = [g for g in traced.gradients.values() if g is not None]
 
     # What the VJP reads: saved values, the states before and after the step, the cell's params.
     before = {graph.leaf("state_prev", s): f"state_prev[{s}]" for s in range(S)}
@@ -206,21 +215,35 @@ def assembled(recipe: Recipe, traced: Traced) -> DerivedCell:
     names = {
         v: gates.get(v, "").replace("_gates[", "_").rstrip("]") or graph.name(v) for v in saved
     }
+    d_state = {graph.leaf("d_state", s): f"d_state[{s}]" for s in range(S)}
     step_vjp = Function(
         "step_vjp",
         ("d_state", "state_prev", "state", "saved", "params"),
         (d_x, d_h, [traced.gradients[v] for v in before], d_params),
-        {
-            **{graph.leaf("d_state", s): f"d_state[{s}]" for s in range(S)},
-            **after, **before, **own, **names,
-        },
+        {**d_state, **after, **before, **own, **names},
         "d_state[0]",
         "Its vector-Jacobian product.",
         [f"{names[v]} = saved[{j}]" for j, v in enumerate(saved)],
-    )  # fmt: skip
+    )
     triton_source = module_text(graph, TRITON, step, step_vjp)
     for_autograd = step._replace(results=(traced.differentiable, saved))
-    torch_source = module_text(graph, TORCH, for_autograd, step_vjp)
+    slopes = [v for v in needed if graph.number(v) is None]
+    find_slopes = step_vjp._replace(
+        name="slopes",
+        arguments=step_vjp.arguments[1:],
+        results=(slopes,),
+        like="state[0]",
+        summary="What the vector-Jacobian product needs of a step, whatever d_state is.",
+    )
+    times_slopes = step_vjp._replace(
+        name="times_slopes",
+        arguments=("d_state", "slopes"),
+        given={**d_state, **{v: f"slopes[{j}]" for j, v in enumerate(slopes)}},
+        summary="The vector-Jacobian product.",
+        first=(),
+    )
+    torch_source = module_text(graph, TORCH, for_autograd, find_slopes, times_slopes)
+    torch_source += TORCH_STEP_VJP
     key = [name, str(G), torch_source, triton_source]
     key += [f"{n}={getattr(v, '__qualname__', v)}" for n, v in recipe.own.items()]
     name += "_" + hashlib.sha256("\n".join(key).encode()).hexdigest()[:8]
@@ -239,23 +262,27 @@ def assembled(recipe: Recipe, traced: Traced) -> DerivedCell:
         function=recipe.function,
         torch_source=torch_source,
         triton_source=triton_source,
-        reads_h=graph.leaf("state_prev", 0) in forward,
+        reads_h=graph.leaf("state_prev", 0) in graph.below(traced.state),
         reads=tuple(sorted(read_before | read_after)),
         recalls=bool(read_before),
+        slopes=functions["slopes"],
+        times_slopes=functions["times_slopes"],
     )
+
+
+TORCH_STEP_VJP = """
+
+def step_vjp(d_state, state_prev, state, saved, params):
+    return times_slopes(d_state, slopes(state_prev, state, saved, params))
+"""
 
 
 def check_derivative(recipe: Recipe, made: DerivedCell) -> None:
     """Raise unless autograd through the printed step gives what step_vjp gives. It does not where
     the function hides operations from autograd, and then a second derivative would be wrong."""
-    samples = recipe.samples((2, 3))
-    G, S = recipe.gates, recipe.states
-    x, h, state, own = (
-        samples[:G],
-        samples[G : 2 * G],
-        samples[2 * G : 2 * G + S],
-        samples[2 * G + S :],
-    )
+    samples, G, S = recipe.samples((2, 3)), recipe.gates, recipe.states
+    x, h = samples[:G], samples[G : 2 * G]
+    state, own = samples[2 * G : 2 * G + S], samples[2 * G + S :]
     params = (*(torch.zeros_like(x[0]) for _ in made.inner_bias), *own)
     new, saved = made.step(tuple(x), tuple(h), tuple(state), params)
     d_state = tuple(torch.ones_like(s) for s in new)

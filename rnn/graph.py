@@ -26,10 +26,13 @@ class Graph:
         self.nodes: list[Node] = []
         self._values: dict[Node, int] = {}
         self._names: dict[int, str] = {}
+        self._linear: set[int] = set()  # values that depend on d_state
 
     def _value(self, node: Node) -> int:
         if node not in self._values:
             self._values[node] = len(self.nodes)
+            if node.op == "d_state" or not self._linear.isdisjoint(node.args):
+                self._linear.add(len(self.nodes))
             self.nodes.append(node)
         return self._values[node]
 
@@ -77,15 +80,60 @@ class Graph:
             return args[0]
         if op == "neg" and self.nodes[args[0]].op == "neg":
             return self.nodes[args[0]].args[0]
+        if op == "neg" and (factors := self._factors(args[0])) is not None:
+            return self.apply("mul", factors[0], self.apply("neg", factors[1]))
         if op == "add":
             for value, negative in (args, args[::-1]):
                 if self.nodes[negative].op == "neg":
                     return self.apply("sub", value, self.nodes[negative].args[0])
+        gathered = self._gathered(op, *args) if op in ("add", "sub", "mul", "div") else None
+        if gathered is not None:
+            return gathered
         if op == "add" and constants[1] is None:
             args = self._gates_first(*sorted(args))
         elif op == "mul" and constants[1] is None:
             args = tuple(sorted(args))
         return self._value(Node(op, args))
+
+    def _factors(self, value: int) -> tuple[int, int] | None:
+        """Of a product of a value that depends on d_state and one that does not, these two."""
+        node = self.nodes[value]
+        if node.op == "mul" and value in self._linear:
+            a, b = node.args
+            if (a in self._linear) != (b in self._linear):
+                return (a, b) if a in self._linear else (b, a)
+        return None
+
+    def _gathered(self, op: str, a: int, b: int) -> int | None:
+        """Products as d * (what does not depend on d_state), which need not wait for d: of
+        (d u) v, -d v and d / v, of d u + d v and (x + d u) + d v. None where there is nothing to
+        gather."""
+        if op == "mul" and b in self._linear:
+            a, b = b, a
+        if op in ("mul", "div"):
+            if a not in self._linear or b in self._linear:
+                return None
+            if op == "div":
+                return self.apply("mul", a, self.apply("div", self.constant(1), b))
+            if self.nodes[a].op == "neg":
+                return self.apply("mul", self.nodes[a].args[0], self.apply("neg", b))
+            factors = self._factors(a)
+            if factors is None:
+                return None
+            return self.apply("mul", factors[0], self.apply("mul", factors[1], b))
+        of_b = self._factors(b)
+        if of_b is None:
+            return None
+        whole = self.nodes[a]
+        for x, rest in (
+            (a, None),
+            *(zip(whole.args, whole.args[::-1]) if whole.op == "add" else ()),
+        ):
+            of_x = self._factors(x)
+            if of_x is not None and of_x[0] == of_b[0]:
+                both = self.apply("mul", of_x[0], self.apply(op, of_x[1], of_b[1]))
+                return both if rest is None else self.apply("add", rest, both)
+        return None
 
     def _gates_first(self, a: int, b: int) -> tuple[int, int]:
         """Of a sum, x_gates[k] + h_gates[k] first, so that it is seen however the sum is written:

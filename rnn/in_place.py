@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cells import Cell
+from .derive import DerivedCell
 
 Tensors = list[Tensor]
 Range = tuple[int, int]
@@ -166,7 +167,8 @@ IN_PLACE = {
 
 
 def by_step(cell: Cell, params: tuple[Tensor, ...]) -> InPlace:
-    """The form of any cell: its own step and VJP on one step at a time."""
+    """The form of any cell: its own step and VJP on one step at a time. What the VJP of a derived
+    cell computes whatever d_state is, it computes for all steps at once."""
     S = cell.states
 
     def step_(gates: Tensors, inner: Tensor | None, prev: Tensors, new: Tensors) -> None:
@@ -176,15 +178,21 @@ def by_step(cell: Cell, params: tuple[Tensor, ...]) -> InPlace:
         put((*state, *saved), new)
 
     def keep(states: Tensors, prev: Tensors, saved: Tensors, d: Tensors, d_x: Tensors) -> Tensors:
-        return [*states, *prev, *saved, states[0].new_ones(()).expand_as(states[0])]
+        one = states[0].new_ones(()).expand_as(states[0])
+        if isinstance(cell, DerivedCell):
+            return [*cell.slopes(tuple(prev), tuple(states), tuple(saved), params), one]
+        return [*states, *prev, *saved, one]
 
     def step_vjp_(
         d_h: Tensor, d_states: Tensors, d: Tensors, d_x: Tensors, coefficients: Tensors
     ) -> None:
-        state, prev, saved = coefficients[:S], coefficients[S : 2 * S], coefficients[2 * S : -1]
-        d_x_gates, d_h_gates, d_prev, d_params = cell.step_vjp(
-            (d_h, *d_states), tuple(prev), tuple(state), tuple(saved), params
-        )
+        d_state, known = (d_h, *d_states), tuple(coefficients[:-1])
+        if isinstance(cell, DerivedCell):
+            results = cell.times_slopes(d_state, known)
+        else:
+            state, prev, saved = known[:S], known[S : 2 * S], known[2 * S :]
+            results = cell.step_vjp(d_state, prev, state, saved, params)
+        d_x_gates, d_h_gates, d_prev, d_params = results
         put((*d_h_gates, *d_params[len(cell.inner_bias) :]), d)
         put(tuple(d_x_gates[k] for k in cell.split), d_x)
         if S > 1:  # one may be another one's old gradient

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .graph import Graph
 from .operations import CALL, OPERATIONS, SIGN, number_text
 
-LONG = 72  # an expression that gets a line of its own
+LINE, LONG = 96, 72  # characters of a line; of an expression that gets one of its own
 
 
 class Function(NamedTuple):
@@ -94,8 +94,12 @@ def printed(graph: Graph, function: Function, language: Language) -> str:
             return language.spread.format(text(value, SIGN), like=function.like)
         return written
 
-    results = ", ".join(tuple_text(map(result, each)) for each in function.results)
-    lines.append(f"return {results}")
+    results = [tuple_text(map(result, each)) for each in function.results]
+    line = f"return {', '.join(results)}"
+    if len(line) > LINE:
+        each = results if len(results) > 1 else list(map(result, function.results[0]))
+        line = "\n".join(["return (", *(f"    {item}," for item in each), ")"])
+    lines.append(line)
     arguments = ", ".join(function.arguments) + language.more_arguments
     body = textwrap.indent("\n".join([f'"""{function.summary}"""', *lines]), "    ")
     return f"{language.decorator}def {function.name}({arguments}):\n{body}\n"

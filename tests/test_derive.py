@@ -215,6 +215,13 @@ def test_a_lambda():
     assert rnn.cell(gates=1)(lambda x, h, s, p: (x[0] + h[0],)).name.startswith("cell_")
 
 
+def test_the_gradient_of_a_step_is_products_alone():
+    """All else is computed before it comes, for many steps at once."""
+    text = rnn.source(derive("lstm"), "torch").split("def times_slopes")[1].split("def ")[0]
+    assert text.count(" * ") == 6 and text.count(" + ") == 1
+    assert not re.search(r"torch| - | / ", text)
+
+
 def test_truths_are_not_saved():
     """Kernels store tiles of numbers."""
 

@@ -110,7 +110,12 @@ def test_bytes(gallery):
     }
 
 
-COMPILED = [("sm_80", "slstm"), ("sm_90", "slstm"), ("sm_90", "spiking")]
+COMPILED = [
+    ("sm_80", "slstm", 64),
+    ("sm_80", "peephole_lstm", 64),
+    ("sm_80", "spiking", 256),
+    ("sm_90", "slstm", 64),
+]
 
 
 def rows_of_all() -> list:
@@ -118,8 +123,10 @@ def rows_of_all() -> list:
     from bench.compiled import Job, rows_of
     from rnn import gallery
 
-    jobs = [Job(target, getattr(gallery, name).name, 64, "bfloat16") for target, name in COMPILED]
-    return [rows_of(job) for job in jobs]
+    return [
+        rows_of(Job(target, getattr(gallery, name).name, H, "bfloat16"))
+        for target, name, H in COMPILED
+    ]
 
 
 def test_no_spills(monkeypatch):
@@ -128,7 +135,7 @@ def test_no_spills(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         found = pool.submit(rows_of_all).result()
-    for (target, _), rows in zip(COMPILED, found, strict=True):
+    for (target, *_), rows in zip(COMPILED, found, strict=True):
         for row in rows:
             assert row["engine"] == {"sm_80": "portable", "sm_90": "Hopper"}[target]
             assert (row["verdict"], row["spill_B"]) == ("resident", 0)
