@@ -214,7 +214,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     return PortablePlan(
         block_s=block_s,
         block_b=rows,
-        tiles=1,
+        tiles=-(-layer.batch // rows),
         slices=slices,
         chunk=chunk,
         directions=layer.directions,
