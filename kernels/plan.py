@@ -214,7 +214,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     return PortablePlan(
         block_s=block_s,
         block_b=rows,
-        tiles=1,
+        tiles=-(-layer.batch // rows),
         slices=slices,
         chunk=chunk,
         directions=layer.directions,
@@ -247,6 +247,8 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         return 8
     if unit == "wgmma":
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
+        if layer.regularised and layer.parts == 2:  # masks take registers too
+            units = 8
         return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))
 

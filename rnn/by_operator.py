@@ -55,7 +55,7 @@ class ByOperator(Checked):
             said["zoneout"] = self.zoneout
         if self.recurrent_grad_clip is not None:
             said["recurrent_grad_clip"] = self.recurrent_grad_clip
-        if self.cell.endswith("_norm"):
+        if self.mode.endswith("_norm"):
             said["layer_norm"] = True
         return said
 

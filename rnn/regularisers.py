@@ -32,10 +32,6 @@ class Regularisers(NamedTuple):
             self.grad_clip,
         )
 
-    @property
-    def any(self) -> bool:
-        return any(x is not None for x in self)
-
 
 OFF = Regularisers()
 
@@ -117,6 +113,7 @@ def draw_keep(
 ) -> Tensor:
     """(*x.shape[:-1], D * S * H): in training 1 with the probability of the state, else 0; in
     evaluation that probability, one row that stands for all."""
-    chances = x.new_tensor(zoneout * directions).repeat_interleave(hidden)
+    # Filled on the device: a CUDA graph that is being recorded takes no number from the host.
+    chances = torch.cat([x.new_full((hidden,), p) for p in zoneout * directions])
     keep = chances.expand(*x.shape[:-1], len(chances))
     return torch.bernoulli(keep) if training else keep

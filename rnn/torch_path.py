@@ -232,6 +232,7 @@ def backward(
     """
     form = form_of(cell, params)
     h_mask, keep, grad_clip = regularisers
+    regularised = any(x is not None for x in regularisers)
     (N, H), T = d_h.shape, len(sizes)
     d_gates = d_h.new_empty(N, cell.gates, H)
     d_own = d_h.new_empty(N, len(cell.own_params), H)
@@ -275,22 +276,24 @@ def backward(
                 begun = n
             d_h_t, factor = d_h_steps[t], [x[k] for x in factors]
             d_states = [x[:n] for x in d_state0[1:]]
-            kept = [x * mask[t] for x, mask in zip([d_h_t, *d_states], keep_steps)]
-            for x, past in zip([d_h_t, *d_states], kept):  # zoneout
-                x.sub_(past)
+            if keep is not None:
+                kept = [x * mask[t] for x, mask in zip([d_h_t, *d_states], keep_steps)]
+                for x, past in zip([d_h_t, *d_states], kept):
+                    x.sub_(past)
             form.step_vjp_(d_h_t, d_states, [x[k] for x in d], [x[k] for x in d_x], factor)
-            for x, past in zip(d_states, kept[1:]):
-                x.add_(past)
+            if keep is not None:
+                for x, past in zip(d_states, kept[1:]):
+                    x.add_(past)
             following = t + 1 if backwards else t - 1  # in this walk: the step before, in time
             onto = d_h_steps[following] if 0 <= following < T else d_state0[0]
             for target, rows in hand_on(onto, d_state0[0], n):
-                if regularisers.any:
+                if regularised:
                     handed = product(all_gates[k][rows])
                     if h_mask is not None:
                         handed.mul_(h_mask[rows])
                     if form.past:
                         handed.addcmul_(d_h_t[rows], factor[-1][rows])
-                    if kept:
+                    if keep is not None:
                         handed.add_(kept[0][rows])
                     if grad_clip is not None:
                         handed.clamp_(-grad_clip, grad_clip)

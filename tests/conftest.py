@@ -9,6 +9,10 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# Processes of pytest-xdist share the cores: threads that wait for each other cost seconds a step.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -37,6 +37,7 @@ FAR = "tests/test_offsets.py"
 TF32 = "tests/test_kernels.py tests/test_kernel_numbers.py -k 'tf32 or rounding or nan'"
 LAYOUTS = "tests/test_kernels.py -k 'one_piece or layout'"
 SLICES = "tests/test_slices.py"
+REGULARISED = "tests/test_regularisers.py -k 'results_and and triton'"
 TORCH = "tests/test_recurrence.py -k test_torch_backend"
 TRITON = "tests/test_recurrence.py -k test_kernels"
 GRADIENTS = "tests/test_gradients.py"
@@ -88,10 +89,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "d_before = with_first(d_h, d_prev)",
             "d_before = with_first(d_h, d_state)",
         ),
-        "gradient-past-w_hh-dropped": (
-            "zero + d_prev[0]",
-            "zero",
-        ),
+        "gradient-past-w_hh-dropped": ("d_h += d_prev[0]", "d_h += 0.0"),
         "inactive-gradient-not-handed-on": (
             "d_state = where_active(active, d_before, d_state)",
             "d_state = d_before",
@@ -106,9 +104,9 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         ),
         "steps-beyond-the-end-written": (
             """mask & active_at(i, steps, backwards, within)
-            if SLICES""",
+            taken""",
             """mask
-            if SLICES""",
+            taken""",
         ),
         "param-gradient-of-padding": (
             "d_params_step = zero_where_not(active, d_params_step)",
@@ -294,6 +292,40 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "            torch.is_grad_enabled()  # create_graph",
             "            torch.is_grad_enabled() and tensors[0].size(-1) < 512  # create_graph",
         ),
+    },
+    ("kernels/recurrence.py", REGULARISED): {
+        "first-h-not-dropped": (
+            "h = ((state[0] * h_mask).to(dtype),)",
+            "h = (state[0].to(dtype),)",
+        ),
+        "h-not-dropped": ("taken = taken * h_mask", "taken = taken"),
+        "gradient-of-dropped-h-passes": ("d_h = d_h * h_mask + d_prev[0]", "d_h = d_h + d_prev[0]"),
+        "gradient-past-w_hh-dropped-too": (
+            "d_h = d_h * h_mask + d_prev[0]",
+            "d_h = (d_h + d_prev[0]) * h_mask",
+        ),
+        "mixed-states-for-the-steps-own": ("after = last_of(saved, STATES)", "after = state"),
+        "gradient-of-what-was-kept-lost": ("d_prev = add(kept, d_prev)", "d_prev = d_prev"),
+        "gradient-of-h-not-clamped": ("d_h = clamp(d_h, grad_clip)", "d_h = d_h"),
+    },
+    ("kernels/recurrence.py", "tests/test_slices.py -k regularisers"): {
+        "first-h-of-others-not-dropped": (
+            "h = scale(h, gather(h_mask_ptr",
+            "scale(h, gather(h_mask_ptr",
+        ),
+    },
+    ("rnn/torch_path.py", "tests/test_regularisers.py -k 'results_and and float64'"): {
+        "gradient-of-dropped-h-passes-in-torch": ("handed.mul_(h_mask[rows])", "pass"),
+        "gradient-of-kept-h-lost-in-torch": ("handed.add_(kept[0][rows])", "pass"),
+        "gradient-of-kept-c-lost-in-torch": ("x.add_(past)", "pass"),
+        "gradient-of-h-not-clamped-in-torch": ("handed.clamp_(-grad_clip, grad_clip)", "pass"),
+    },
+    ("rnn/engines.py", "tests/test_regularisers.py -k 'results_and'"): {
+        "weights-see-all-of-h-in-torch": (
+            "taken = taken * mask_of_rows(mine.h_mask, rows.sizes)",
+            "taken = taken",
+        ),
+        "weights-see-all-of-h": ("h, h0 = h * h_mask, h0 * h_mask", "pass"),
     },
     ("rnn/autograd.py", GRADIENTS): {
         "no-second-derivative": (

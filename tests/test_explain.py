@@ -63,9 +63,9 @@ def test_says_what_runs_the_segments(cell, monkeypatch):
     """That resets cut: packed rows, which other operators are faster on than on a batch."""
     _, ours = twins(cell, backend="auto")
     ran, answers = [], []
-    by_operator = rnn.recurrent.Recurrent._by_operator
+    by_operator = rnn.recurrent.RecurrentBase._by_operator
     monkeypatch.setattr(
-        rnn.recurrent.Recurrent, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
+        rnn.recurrent.RecurrentBase, "_by_operator", lambda m, p: ran.append(m) or by_operator(m, p)
     )
     for grad in (True, False):
         for resets in (torch.zeros(20, 3), torch.arange(60).view(20, 3) == 7):

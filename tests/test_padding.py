@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from twins import IEEE, assert_same, each_cell, everything, problem, tensors, twins
 
 import rnn
-from rnn import recurrent
+from rnn import by_operator
 from rnn.padding import pays
 
 pytestmark = [
@@ -37,8 +37,8 @@ def padded(monkeypatch):
         calls.append(args)
         return run(*args)
 
-    run = recurrent.run_padded_lstm
-    monkeypatch.setattr(recurrent, "run_padded_lstm", noted)
+    run = by_operator.run_padded_lstm
+    monkeypatch.setattr(by_operator, "run_padded_lstm", noted)
     return calls
 
 
