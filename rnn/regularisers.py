@@ -114,6 +114,8 @@ def draw_keep(
     """(*x.shape[:-1], D * S * H): in training 1 with the probability of the state, else 0; in
     evaluation that probability, one row that stands for all."""
     # Filled on the device: a CUDA graph that is being recorded takes no number from the host.
-    chances = torch.cat([x.new_full((hidden,), p) for p in zoneout * directions])
+    # And not x.new_full, which vmap would batch.
+    parts = [torch.full((hidden,), p, dtype=x.dtype, device=x.device) for p in zoneout]
+    chances = torch.cat(parts * directions)
     keep = chances.expand(*x.shape[:-1], len(chances))
     return torch.bernoulli(keep) if training else keep
