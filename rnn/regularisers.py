@@ -105,7 +105,7 @@ def of_each_state(zoneout: float | tuple[float, ...], states: int) -> tuple[floa
 
 def draw_h_mask(p: float, x: Tensor, directions: int, batch: int, hidden: int) -> Tensor:
     """(D, B, H): 0 with probability p, else 1 / (1 - p)."""
-    return F.dropout(x.new_ones(directions, batch, hidden), p)
+    return F.dropout(torch.ones(directions, batch, hidden, dtype=x.dtype, device=x.device), p)
 
 
 def draw_keep(
@@ -114,6 +114,7 @@ def draw_keep(
     """(*x.shape[:-1], D * S * H): in training 1 with the probability of the state, else 0; in
     evaluation that probability, one row that stands for all."""
     # Filled on the device: a CUDA graph that is being recorded takes no number from the host.
-    chances = torch.cat([x.new_full((hidden,), p) for p in zoneout * directions])
+    parts = [torch.full((hidden,), p, dtype=x.dtype, device=x.device) for p in zoneout]
+    chances = torch.cat(parts * directions)
     keep = chances.expand(*x.shape[:-1], len(chances))
     return torch.bernoulli(keep) if training else keep
