@@ -147,7 +147,7 @@ def test_recurrent_trains_own_params(gallery):
     torch.manual_seed(0)
     model = rnn.Recurrent(gallery.spiking, 4, 16, num_layers=2, bidirectional=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert torch.equal(before["leak_l1_reverse"], torch.full((16,), 2.0))
+    assert torch.equal(before["leak_l1_reverse"], torch.zeros(16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     output, _ = model(3 * torch.randn(6, 5, 4))
     (output.mean() - 0.5).square().backward()
