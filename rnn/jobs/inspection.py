@@ -55,8 +55,8 @@ class Layer(NamedTuple):
     def eigenvalues(self) -> dict[str, Tensor]:
         """Of the square block of W_hh of each gate, by its name, (H,) complex."""
         blocks = self.weight_hh.split(self.weight_hh.size(1))
-        names = map(str, range(len(blocks))) if len(blocks) > 1 else ("",)
-        names = GATES.get(self.cell, tuple(names))
+        numbers = map(str, range(len(blocks))) if len(blocks) > 1 else ("",)
+        names = GATES.get(self.cell, tuple(numbers))
         return {name: torch.linalg.eigvals(block) for name, block in zip(names, blocks)}
 
     def radii(self) -> dict[str, float]:
