@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 
 from rnn.jobs.cli import Parser, duration
+from rnn.modules import NAMES
 
 from . import report, store
-from .cases import DTYPES, EXAMPLE, Case, sets
+from .cases import CELLS, DTYPES, EXAMPLE, Case, sets
 from .measure import CRASHED, FIGURES, WRONG, measure
 from .providers import DEFAULT, OURS, PROVIDERS
 from .store import BenchError, Results
@@ -38,9 +39,11 @@ from .store import BenchError, Results
 SECONDS, QUICK_SECONDS = 2.0, 0.5
 
 
-def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
-    """The cases of those sets, and those named. Raises BenchError."""
-    known = sets(gpu)
+def choose_cases(
+    names: Sequence[str] | None, gpu: bool, cells: Sequence[str] = CELLS
+) -> list[Case]:
+    """The cases of those sets, of those cells, and those named. Raises BenchError."""
+    known = sets(gpu, cells)
     cases: list[Case] = []
     for name in names or [name for name in known if name != "quick"]:
         try:
@@ -55,10 +58,11 @@ def choose_cases(names: Sequence[str] | None, gpu: bool) -> list[Case]:
 
 def benchmark(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = choose_cases(args.cases or (["quick"] if args.quick else None), device.type == "cuda")
+    names = args.cases or (["quick"] if args.quick else None)
+    cases = choose_cases(names, device.type == "cuda", args.cells)
     providers = args.providers or DEFAULT
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
-    part = args.quick or args.cases or args.providers or args.seconds
+    part = args.quick or args.cases or args.providers or args.seconds or args.cells != CELLS
     folder = Path("runs/bench") if part else store.ROOT / "bench/results"
     name = re.sub(r"[^a-z0-9]+", "-", store.device_name(device).lower()).strip("-")
     out = args.out or folder / name
@@ -115,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = "default: bench/results/<device>, or runs/bench/<device> if only a part is measured"
     add("--quick", action="store_true", help=f"--cases quick --seconds {QUICK_SECONDS}")
     add("--cases", nargs="+", metavar="NAME", help=named)
+    which = f"of the sets, among {', '.join(NAMES)} (default {', '.join(CELLS)})"
+    add("--cells", nargs="+", choices=NAMES, default=CELLS, metavar="NAME", help=which)
     who = f"of {', '.join(known)} (default {', '.join(DEFAULT)})"
     add("--providers", nargs="+", choices=known, metavar="NAME", help=who)
     add("--seconds", type=duration, metavar="S", help=f"for each case (default {SECONDS:g})")

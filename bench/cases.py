@@ -1,12 +1,13 @@
 """What is measured, as values: a case with a readable name, and the named sets of cases."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnn.cells import CELLS
+from rnn.modules import MODULES, NAMES
 
 
 class Dtype(NamedTuple):
@@ -27,7 +28,7 @@ DTYPES = {
 class Case(NamedTuple):
     """A stack of layers on an input (T, B, I). str(case) names it, Case.parse reads that name."""
 
-    cell: str  # a name in rnn.cells.CELLS
+    cell: str  # a name in rnn.modules.NAMES
     T: int
     B: int
     I: int
@@ -50,7 +51,7 @@ class Case(NamedTuple):
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"a case is named as {EXAMPLE}, with a cell of {', '.join(CELLS)} and, where it is "
+                f"a case is named as {EXAMPLE}, with a cell of {', '.join(NAMES)} and, where it is "
                 f"not float32, a dtype of {', '.join(DTYPES)}; got {name!r}"
             )
         cell, T, B, I, H, layers, bidirectional, packed, dtype = match.groups()
@@ -78,7 +79,7 @@ class Case(NamedTuple):
 
 NUMBER = "([1-9][0-9]*)"
 NAME = re.compile(
-    rf"({'|'.join(CELLS)})-T{NUMBER}-B{NUMBER}(?:-I{NUMBER})?-H{NUMBER}(?:-L{NUMBER})?"
+    rf"({'|'.join(NAMES)})-T{NUMBER}-B{NUMBER}(?:-I{NUMBER})?-H{NUMBER}(?:-L{NUMBER})?"
     rf"(-bidirectional)?(-packed)?(?:-({'|'.join(DTYPES)}))?"
 )
 EXAMPLE = Case("rnn_tanh", 128, 16, 64, 256, 2, True, dtype="bfloat16")
@@ -93,12 +94,14 @@ PUBLISHED = [
 ]
 
 
-def sets(gpu: bool) -> dict[str, list[Case]]:
+CELLS = tuple(cell for cell in MODULES if cell != "rnn_relu")  # relu is as fast as tanh
+
+
+def sets(gpu: bool, cells: Sequence[str] = CELLS) -> dict[str, list[Case]]:
     """The cases by the name of their set, sized for a GPU or for a CPU with a few cores. All but
-    `quick` make up a full run. relu, as fast as tanh, is in no set."""
+    `quick` make up a full run."""
     T, dtype = (256, "bfloat16") if gpu else (32, "float32")
     others = ("float32", "tf32", "float16") if gpu else ("bfloat16",)
-    cells = [cell for cell in CELLS if cell != "rnn_relu"]
 
     def case(cell: str, T: int, B: int, H: int, **fields: Any) -> Case:
         return Case(cell, T, B, H, H, **{"dtype": dtype} | fields)
@@ -115,4 +118,5 @@ def sets(gpu: bool) -> dict[str, list[Case]]:
         "quick": [case(cell, 32, 16, H) for cell in cells for H in (64, 256)]
         + [case(cell, 32, 16, 128, **deep) for cell in cells],
     }
-    return named | ({"published": [case(*shape) for shape in PUBLISHED]} if gpu else {})
+    published = [case(*shape) for shape in PUBLISHED if shape[0] in cells]
+    return named | ({"published": published} if gpu else {})

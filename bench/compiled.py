@@ -26,12 +26,12 @@ from unittest import mock
 
 import torch
 
-from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
 from rnn.kernels.hopper_plan import HopperPlan
 from rnn.kernels.layout import Inputs
 from rnn.kernels.limits import Layer, NoPlan, Plan
 from rnn.kernels.plan import PortablePlan, plan
+from rnn.modules import MODULES, NAMES, cell_named
 
 from .cases import DTYPES
 from .machine_code import WEIGHTS, CodeLoop, parse_code, parse_resources, parse_ttgir
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     batch: int = 16
 
     def plan(self) -> Plan | NoPlan:
-        cell = CELLS[self.cell]
+        cell = cell_named(self.cell)
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         dtype, tf32, _ = DTYPES[self.dtype]
         layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
@@ -103,7 +103,7 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     """Launch what the library launches for one layer, forward and backward, with all gradients."""
     from rnn.kernels import launch
 
-    cell, B, H = CELLS[job.cell], job.batch, job.H
+    cell, B, H = cell_named(job.cell), job.batch, job.H
     dtype = DTYPES[job.dtype].torch
     steps = (T * B,) if job.lengths == "packed" else (T, B)
     inputs = Inputs(
@@ -253,7 +253,7 @@ def main() -> int:
         parser.add_argument(name, nargs="+", choices=choices, default=default)
 
     choose("--target", list(CHIPS), ["sm_80", "sm_90", "sm_100", "gfx942"])
-    choose("--cell", list(CELLS), list(CELLS))
+    choose("--cell", NAMES, list(MODULES))
     choose("--dtype", ["bfloat16", "float16", "tf32", "float32"], ["bfloat16", "tf32", "float32"])
     choose("--lengths", LENGTHS, ["equal"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256], metavar="H")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnn.cells import CELLS
+from rnn.modules import MODULES, cell_named
 
 from .cases import DTYPES, Case
 from .providers import PROVIDERS, CannotError, Model, Weights, build_loop, construct
@@ -108,7 +108,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
         x = torch.randn(case.T, case.B, case.I)
         last = case.layers * case.directions, case.B, case.H
         d_results = [torch.randn(case.T, case.B, case.directions * case.H)]
-        d_results += [torch.randn(last) for _ in range(CELLS[case.cell].states)]
+        d_results += [torch.randn(last) for _ in range(cell_named(case.cell).states)]
     return Problem(x, weights, d_results).to(device, DTYPES[case.dtype].torch)
 
 
@@ -132,8 +132,8 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     """The models that may be timed; the rows of the others say why they may not.
 
     The exact values are those of the equation in float64 on the CPU, from the same numbers. Allowed
-    is twice the error of torch.nn in the dtype of the case, which is run for that even if nobody
-    asked for it, plus a floor.
+    is twice the error of torch.nn in the dtype of the case (where it lacks the cell: of the
+    equation), which is run for that even if nobody asked for it, plus a floor.
     """
     doubles = p.to(torch.device("cpu"), torch.float64)
     exact = results_and_gradients(build_loop(case, doubles.weights), doubles)
@@ -143,7 +143,8 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     norm = 2.0 if case.cell == "rnn_relu" else math.inf
     models: dict[str, Model] = {}
     allowed = [DTYPES[case.dtype].floor] * len(names)
-    for provider in sorted({"torch.nn", *rows}, key=lambda name: name != "torch.nn"):
+    first = "torch.nn" if case.cell in MODULES else "loop"
+    for provider in sorted({first, *rows}, key=lambda name: name != first):
         row = rows.get(provider, Row(str(case), provider))
         with reported(row):
             model = PROVIDERS[provider](case, p.weights)
@@ -152,7 +153,7 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
             errors = [error_of(*pair, norm) for pair in zip(got, exact, strict=True)]
             if math.isfinite(max(errors)):
                 row.error = float(f"{max(errors):.3g}")
-                if provider == "torch.nn":
+                if provider == first:
                     allowed = [bound + 2 * error for bound, error in zip(allowed, errors)]
             for name, error, bound in zip(names, errors, allowed, strict=True):
                 if error > bound and not row.status:

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnn
-from rnn.cells import CELLS
 from rnn.layer import Spec, plain
-from rnn.modules import MODULES
+from rnn.modules import cell_named, module_of
 
 from .cases import Case
 
@@ -40,7 +39,7 @@ def construct(case: Case, weights: Weights | None = None, **options: Any) -> Any
         like = weights["weight_ih_l0"]
         options |= {"device": like.device, "dtype": like.dtype}
     options |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
-    module = MODULES[case.cell](case.I, case.H, **options)
+    module = module_of(case.cell)(case.I, case.H, **options)
     if weights:
         module.load_state_dict(weights)
     return module
@@ -82,14 +81,14 @@ def build_loop(case: Case, weights: Weights, layer: Callable[..., Results] = pla
     leaves = [w.detach().requires_grad_() for w in weights.values()]
     lengths, D = case.lengths(), case.directions
     lengths = None if lengths is None else lengths.to(leaves[0].device)
-    each = len(leaves) // case.layers
+    each, cell = len(leaves) // case.layers, cell_named(case.cell)
 
     def forward(x: Tensor) -> Results:
-        state0 = [x.new_zeros(D, case.B, case.H)] * CELLS[case.cell].states
+        state0 = [x.new_zeros(D, case.B, case.H)] * cell.states
         states = []
         for i in range(case.layers):
             own = leaves[i * each : (i + 1) * each]
-            x, *last = layer(Spec(case.cell, D), x, lengths, *state0, *own)
+            x, *last = layer(Spec(cell.name, D), x, lengths, *state0, *own)
             states.append(last)
         return (x, *(torch.cat(s) for s in zip(*states)))
 

@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from rnn.modules import GALLERY
 from rnn.patterns import ManyToMany, ManyToOne, Pattern, cross_entropy
 
 from . import store
@@ -92,7 +93,7 @@ def identity(model: Pattern) -> None:
 
 
 class Network(NamedTuple):
-    cell: str  # a name in rnn.cells.CELLS
+    cell: str  # a name in rnn.modules.NAMES
     initialise: Callable[[Pattern], None] = lambda model: None  # PyTorch's: uniform, +-1 / sqrt(H)
 
 
@@ -102,6 +103,7 @@ NETWORKS = {
     "relu, identity": Network("rnn_relu", identity),
     "gru": Network("gru"),
     "lstm": Network("lstm"),
+    **{name: Network(name) for name in GALLERY},
 }
 ELMAN, GATED = ("tanh", "tanh, orthogonal", "relu, identity"), ("gru", "lstm")
 
@@ -134,6 +136,11 @@ JOBS = [
     )
     for T, network in product(lengths, networks)
 ]
+
+
+def jobs_of(cells: Sequence[str]) -> list[Job]:
+    """Adding at the shortest length, one seed each."""
+    return [Job("adding", 50, cell, 0, **{**ADDING, "learning_rate": 1e-3}) for cell in cells]
 
 
 def build(job: Job) -> Pattern:
@@ -179,7 +186,7 @@ def verdict(sample: dict[str, Any]) -> str:
     return f"not solved in {step} steps (loss {median:.3g})"
 
 
-def report(samples: dict[Job, dict[str, Any]]) -> str:
+def report(samples: dict[Job, dict[str, Any]], jobs: Sequence[Job] = JOBS) -> str:
     """Markdown."""
     rows: dict[tuple[str, int, str], list[str]] = {}
     for job, sample in sorted(samples.items(), key=lambda item: item[0]):
@@ -188,7 +195,7 @@ def report(samples: dict[Job, dict[str, Any]]) -> str:
     origins = sorted(
         {"- " + ", ".join(sample["environment"].values()) for sample in samples.values()}
     )
-    lines = [f"# {__doc__}", f"{len(samples)} of {len(JOBS)} runs are done.\n", *origins, ""]
+    lines = [f"# {__doc__}", f"{len(samples)} of {len(jobs)} runs are done.\n", *origins, ""]
     cells = [
         [task, str(T), network, f"{TASKS[task].baseline(T):.4f}", "; ".join(runs)]
         for (task, T, network), runs in rows.items()
@@ -200,22 +207,25 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.tasks", None, __doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default="runs/tasks", help="default: runs/tasks")
+    which = f"run adding at T = 50 with these instead: {', '.join(GALLERY)}"
+    parser.add_argument("--cell", nargs="+", choices=GALLERY, metavar="NAME", help=which)
     args = parser.parse_args()
+    jobs = jobs_of(args.cell) if args.cell else JOBS
     torch.set_num_threads(1)  # a step is too small to share
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "tasks.jsonl"
     path.touch()
     done = [json.loads(line) for line in path.read_text().splitlines()]
-    samples = {Job(**sample["job"]): sample for sample in done}
+    samples = {job: sample for sample in done if (job := Job(**sample["job"])) in jobs}
     here = store.make_header(torch.device("cpu"))
     del here["load"]
-    for job in JOBS:
+    for job in jobs:
         if job not in samples:
             samples[job] = {"job": job._asdict(), **train(job), "environment": here}
             with path.open("a") as file:
                 file.write(json.dumps(samples[job]) + "\n")
         print(*job[:4], verdict(samples[job]), sep=", ", flush=True)
-        (args.out / "tasks.md").write_text(report(samples))
+        (args.out / "tasks.md").write_text(report(samples, jobs))
 
 
 if __name__ == "__main__":

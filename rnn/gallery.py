@@ -23,13 +23,13 @@ def mgu(x, h_gates, state, params):
 
 # Rate network (Sompolinsky et al., 1988), tau dv/dt = -v + W r + x with r = tanh(v), a step of
 # Euler's method; each unit learns its own a = dt / tau in (0, 1). States r, v:
-#     v = (1 - a) v + a (x + W_hh r),  r = tanh(v)
+#     v = v + a (x + W_hh r - v),  r = tanh(v)
 
 
 @cell(gates=1, states=2, params={"rate": 0.0})
 def leaky_integrator(x, h_gates, state, params):
     a = torch.sigmoid(params["rate"])
-    v = (1 - a) * state[1] + a * (x[0] + h_gates[0])
+    v = state[1] + a * (x[0] + h_gates[0] - state[1])
     return torch.tanh(v), v
 
 
@@ -84,15 +84,15 @@ def slstm(x, h_gates, state, params):
 # Leaky integrate-and-fire unit with a surrogate gradient (Neftci et al., 2019), states spike, v:
 #     v = b v + x + W_hh spike - spike,  spike = 1 where v > 1, else 0
 # Each unit learns its own b in (0, 1). The slope of a spike is taken for that of a fast sigmoid,
-# 1 / (1 + 10 |v - 1|)^2 (Zenke and Ganguli, SuperSpike, 2018).
+# 1 / (1 + 2 |v - 1|)^2 (Zenke and Ganguli, SuperSpike, 2018).
 
 
-@cell(gates=1, states=2, params={"leak": 2.0})
+@cell(gates=1, states=2, params={"leak": 0.0})
 def spiking(x, h_gates, state, params):
     spike, v = state
     v = torch.sigmoid(params["leak"]) * v + x[0] + h_gates[0] - spike
     above = v - 1
-    spike = straight_through((above > 0).to(v.dtype), above / (1 + 10 * above.abs()))
+    spike = straight_through((above > 0).to(v.dtype), above / (1 + 2 * above.abs()))
     return spike, v
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import layer_norm
-from .cells import Cell, cell_of
+from .cells import CELLS, Cell, cell_of
 from .checked import compute_dtype, mode_of
 from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
@@ -231,15 +231,29 @@ MODULES: dict[str, Callable[..., RecurrentBase]] = {  # of each cell, by its nam
     "gru": GRU,
     "lstm": LSTM,
 }
+GALLERY = ("mgu", "leaky_integrator", "peephole_lstm", "coupled_lstm", "slstm", "spiking")
+NAMES = (*MODULES, *GALLERY)  # of the cells that commands take
+
+
+def cell_named(name: str) -> Cell:
+    """A built-in cell, or one of rnn.gallery, which this imports: deriving them takes seconds.
+
+    Raises ValueError for another name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"cell must be one of {sorted(NAMES)} or a Cell, got {name!r}")
+    if name in MODULES:
+        return CELLS[name]
+    from . import gallery
+
+    return getattr(gallery, name)
 
 
 def module_of(cell: str | Cell) -> Callable[..., RecurrentBase]:
-    """The module of a cell: of MODULES by its name, else rnn.Recurrent of the Cell itself."""
-    if isinstance(cell, Cell):
-        return partial(Recurrent, cell)
-    if cell not in MODULES:
-        raise ValueError(f"cell must be one of {sorted(MODULES)} or a Cell, got {cell!r}")
-    return MODULES[cell]
+    """The module of a cell: of MODULES by its name, else rnn.Recurrent of the Cell."""
+    if not isinstance(cell, Cell) and cell in MODULES:
+        return MODULES[cell]
+    return partial(Recurrent, cell if isinstance(cell, Cell) else cell_named(cell))
 
 
 def explain(

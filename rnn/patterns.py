@@ -11,7 +11,8 @@ Sequences are time-major, (T, B, ...), as by default in torch.nn.RNN. In the dra
 from left to right, `->` is W_hh, an input goes up through W_ih, and a state goes up through W_hy.
 
 Arguments that all constructors share:
-    cell: "rnn_tanh", "rnn_relu", "gru", "lstm", or a Cell, such as rnn.cell makes.
+    cell: "rnn_tanh", "rnn_relu", "gru", "lstm", a name of rnn.gallery, such as "mgu", or a Cell,
+        such as rnn.cell makes.
     embedding: None if the inputs are vectors of input_size features. A width if they are symbols,
         int64 in [0, input_size): each is then embedded into a vector of that width.
     num_layers, bidirectional, dropout, bias, backend, device, dtype: as in rnn.RNN.

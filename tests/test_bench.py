@@ -10,7 +10,7 @@ import torch
 from bench import __main__ as command
 from bench import report
 from bench.cases import DTYPES, Case, sets
-from bench.measure import CRASHED, FIGURES, MEASURED, WRONG, Row, Time, measure
+from bench.measure import CANNOT, CRASHED, FIGURES, MEASURED, WRONG, Row, Time, measure
 from bench.providers import DEFAULT, PROVIDERS, Model
 from bench.store import ROOT, Results
 from rnn.cells import CELLS
@@ -41,6 +41,7 @@ def one_line(capsys, *arguments):
 def test_every_cell_is_measured_and_every_case_is_read_from_its_name(gpu):
     cases = [case for chosen in sets(gpu).values() for case in chosen]
     assert {case.cell for case in cases} == set(CELLS) - {"rnn_relu"}
+    assert {case.cell for case in command.choose_cases(None, gpu, ["mgu"])} == {"mgu"}
     assert [Case.parse(str(case)) for case in cases] == cases
     assert Case.parse("rnn_tanh-T4-B3-H2") == Case("rnn_tanh", 4, 3, 2, 2)
 
@@ -56,6 +57,16 @@ def test_who_is_right_is_timed(cell, kind, dtype):
         assert set(row.times) == set(FIGURES)
         assert all(0 < time.low <= time.median <= time.high for time in row.times.values())
     assert rows["auto"].ran
+
+
+def test_a_cell_of_the_gallery_is_held_to_the_equation(gallery):
+    case = Case("peephole_lstm", 16, 4, 16, 16, 2, True, True, "bfloat16")  # beyond the floor
+    rows = measured(case, [*DEFAULT, "loop"])
+    assert rows["auto"].status == rows["loop"].status == MEASURED
+    assert (rows["torch.nn"].status, rows["torch.nn"].reason) == (
+        CANNOT,
+        "torch.nn has no peephole_lstm",
+    )
 
 
 def one_wrong_number(output, h_n, x):

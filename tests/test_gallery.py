@@ -25,6 +25,11 @@ def cell(request, gallery):
 
 def test_all_are_here(gallery):
     assert [cell.function.__name__ for cell in gallery.GALLERY] == NAMES
+    assert list(rnn.modules.GALLERY) == NAMES
+    assert [rnn.modules.cell_named(name) for name in NAMES] == list(gallery.GALLERY)
+    known = "slstm.*, got 'elman'"
+    with pytest.raises(ValueError, match=known):
+        rnn.modules.cell_named("elman")
 
 
 def by_loop(case: Case, p) -> dict:
@@ -121,12 +126,8 @@ COMPILED = [
 def rows_of_all() -> list:
     """In a process of its own, where kernels are compiled."""
     from bench.compiled import Job, rows_of
-    from rnn import gallery
 
-    return [
-        rows_of(Job(target, getattr(gallery, name).name, H, "bfloat16"))
-        for target, name, H in COMPILED
-    ]
+    return [rows_of(Job(*which, "bfloat16")) for which in COMPILED]
 
 
 def test_no_spills(monkeypatch):
@@ -146,7 +147,7 @@ def test_recurrent_trains_own_params(gallery):
     torch.manual_seed(0)
     model = rnn.Recurrent(gallery.spiking, 4, 16, num_layers=2, bidirectional=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert torch.equal(before["leak_l1_reverse"], torch.full((16,), 2.0))
+    assert torch.equal(before["leak_l1_reverse"], torch.zeros(16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     output, _ = model(3 * torch.randn(6, 5, 4))
     (output.mean() - 0.5).square().backward()

@@ -37,6 +37,7 @@ import sys, torch, rnn.kernels.plan
 assert rnn.__file__.startswith({folder!r}), rnn.__file__
 assert rnn.kernels.plan.__file__.startswith({folder!r}), rnn.kernels.plan.__file__
 assert "kernels" not in sys.modules
+assert "rnn.gallery" not in sys.modules
 rnn.RNN(3, 4)(torch.randn(5, 2, 3))[0].sum().backward()
 """
 

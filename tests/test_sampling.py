@@ -2,10 +2,11 @@
 
 import math
 import re
+import subprocess
 
 import pytest
 import torch
-from commands import SMALL, TEXT, refusal
+from commands import ENVIRONMENT, RUN, SMALL, TEXT, refusal
 
 from rnn.__main__ import main
 from rnn.cells import CELLS
@@ -14,6 +15,7 @@ from rnn.jobs.checkpoint import load_checkpoint
 from rnn.jobs.cli import JobError
 from rnn.jobs.corpus import Corpus
 from rnn.jobs.language_model import Settings, make_model, sample, symbols_of
+from rnn.modules import cell_named, module_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,14 +183,27 @@ def test_a_pattern_of_any_cell(cell, tmp_path, capsys):
     assert "spectral radius" in capsys.readouterr().out
 
 
-@with_gates
+def test_commands_take_a_cell_of_the_gallery(tmp_path, gallery):
+    """And so does a process that has not derived it yet."""
+    path, flags = tmp_path / cli.CHECKPOINT, ["--hidden-size", "8", "--out", str(tmp_path)]
+    (tmp_path / "text").write_text(TEXT)
+    text = ["--text", str(tmp_path / "text"), "--seconds", "0.1"]
+    assert main([*flags, *text, "--cell", "slstm"]) == 0
+    assert main(["sample", str(path), "--length", "9"]) == 0
+    assert main(["many-to-one", *flags, "--cell", "peephole_lstm", "--steps", "2"]) == 0
+    inspect = [*RUN[:3], "inspect", str(path)]
+    done = subprocess.run(inspect, capture_output=True, text=True, env=ENVIRONMENT)
+    assert re.search(r"spectral radius 0 \d\.\d\d, 1 ", done.stdout), done.stderr
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "peephole_lstm"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_inspect_shows_h_of_a_cell_with_gates(cell, bidirectional):
+def test_inspect_shows_h_of_a_cell_with_gates(cell, bidirectional, gallery):
     T, H, D = 6, 5, 1 + bidirectional
     torch.manual_seed(0)
-    module = inspection.MODULES[cell](
-        3, H, num_layers=2, bidirectional=bidirectional, dtype=torch.float64
-    )
+    module = module_of(cell)(3, H, num_layers=2, bidirectional=bidirectional, dtype=torch.float64)
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
     x = torch.randn(T, 1, 3, dtype=torch.float64)
     layers = inspection.look("m", module, x, "abcdef")
     output, _ = module(x)
@@ -199,4 +214,4 @@ def test_inspect_shows_h_of_a_cell_with_gates(cell, bidirectional):
         weight_hh = getattr(module, "weight_hh_l1" + "_reverse" * d).detach()
         radii = [torch.linalg.eigvals(w).abs().max().item() for w in weight_hh.split(H)]
         assert list(layer.radii().values()) == pytest.approx(radii)
-        assert len(radii) == CELLS[cell].gates and layer.gradient.shape == (T,)
+        assert len(radii) == cell_named(cell).gates and layer.gradient.shape == (T,)

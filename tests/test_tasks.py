@@ -11,7 +11,7 @@ from torch import Generator, nn
 
 from bench import tasks
 from bench.tasks import JOBS, NETWORKS, TASKS, Job, Network
-from rnn.reference import CELLS
+from rnn.modules import GALLERY, NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,9 +105,10 @@ def test_initial_weights():
 
 
 def test_every_cell_takes_part_and_no_job_comes_twice():
-    assert {network.cell for network in NETWORKS.values()} == set(CELLS)
-    assert {job.network for job in JOBS} == set(NETWORKS)
-    assert len(set(JOBS)) == len(JOBS)
+    assert {network.cell for network in NETWORKS.values()} == set(NAMES)
+    jobs = [*JOBS, *tasks.jobs_of(GALLERY)]
+    assert {job.network for job in jobs} == set(NETWORKS)
+    assert len(set(jobs)) == len(jobs)
 
 
 def test_a_second_start_does_only_what_lacks_and_writes_the_same_report(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import ManyToMany, explain
-from ..modules import MODULES
+from ..modules import NAMES
 from .checkpoint import (
     Saver,
     check_fields,
@@ -287,7 +287,7 @@ def make_parser() -> Parser:
     def add(name: str, help: str, **how: Any) -> None:
         parser.add(name, help, getattr(Settings, name), **how)
 
-    add("cell", "of the recurrence", choices=sorted(MODULES))
+    add("cell", "of the recurrence", choices=sorted(NAMES))
     add("hidden_size", "units in a layer", type=whole(1), metavar="H")
     add("num_layers", "layers", type=whole(1), metavar="L")
     add("dtype", "of weights and states; the loss is never 16-bit", choices=DTYPES)

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..cells import CELLS
 from ..generation import State
-from ..modules import MODULES
+from ..modules import Recurrent
 from . import COMMANDS, charlm
 from .checkpoint import load_checkpoint
 from .cli import JobError, Parser, execute
@@ -37,7 +38,7 @@ REACH = 1000  # steps that the gradient is followed back
 UNITS_SHOWN = 40
 STEPS_SHOWN = 500
 LARGEST = 200.0  # inches of a side of a picture: beyond that some versions of matplotlib fail
-GATES = {1: ("",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}  # names, by their number
+GATES = {"gru": ("r", "z", "n"), "lstm": ("i", "f", "g", "o")}  # names; of others: 0, 1, ...
 PYTHON_LINE = "def norm(x):\n    return math.sqrt(sum(v * v for v in x))\n"
 
 
@@ -49,11 +50,13 @@ class Layer(NamedTuple):
     gradient: Tensor  # (min(T, REACH),) norm of the gradient of v . h_T by the last W_ih x_t
     weight_hh: Tensor  # (G * H, H), float64
     labels: Sequence[str]  # (T,), in the order of output
+    cell: str
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """Of the square block of W_hh of each gate, by its name, (H,) complex."""
         blocks = self.weight_hh.split(self.weight_hh.size(1))
-        names = GATES.get(len(blocks), tuple(map(str, range(len(blocks)))))
+        numbers = map(str, range(len(blocks))) if len(blocks) > 1 else ("",)
+        names = GATES.get(self.cell, tuple(numbers))
         return {name: torch.linalg.eigvals(block) for name, block in zip(names, blocks)}
 
     def radii(self) -> dict[str, float]:
@@ -69,11 +72,13 @@ def gates_module(module: Any, layer: int, suffix: str) -> Any:
     its own W_ih is the identity. Its weights take no gradient."""
     weight_hh = getattr(module, f"weight_hh_l{layer}{suffix}").detach()
     GH, H = weight_hh.shape
-    alone: Any = MODULES[module.cell](GH, H, bias=module.bias, dtype=weight_hh.dtype)
+    cell = CELLS[module.cell]
+    alone: Any = Recurrent(cell, GH, H, bias=module.bias, dtype=weight_hh.dtype)
     with torch.no_grad():
         alone.weight_ih_l0.copy_(torch.eye(GH))
         alone.weight_hh_l0.copy_(weight_hh)
-        for name in ("bias_ih", "bias_hh") if module.bias else ():
+        biases = ("bias_ih", "bias_hh") if module.bias else ()
+        for name in (*biases, *(own for own, _ in cell.own_params)):
             getattr(alone, f"{name}_l0").copy_(getattr(module, f"{name}_l{layer}{suffix}"))
     return alone.requires_grad_(False)
 
@@ -120,6 +125,7 @@ def look(name: str, module: Any, x: Tensor, labels: Sequence[str]) -> list[Layer
                     gradient_norms(alone, gates),
                     alone.weight_hh_l0.double(),
                     labels[::-1] if suffix else labels,
+                    module.cell,
                 )
             )
         x = torch.cat(outputs, 2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import explain
-from ..modules import MODULES
+from ..modules import NAMES
 from .checkpoint import Saver, check_weights, format_of, read_settings, reading
 from .cli import (
     CHECKPOINT,
@@ -238,7 +238,7 @@ def make_parser(job: type[Job]) -> Parser:
     parser = Parser(prog=f"python -m rnn {job.name}", description=job.__doc__)
     defaults = job.defaults
     parser.add("steps", "batches to train on", defaults.steps, type=whole(1), metavar="N")
-    parser.add("cell", "of the recurrence", defaults.cell, choices=sorted(MODULES))
+    parser.add("cell", "of the recurrence", defaults.cell, choices=sorted(NAMES))
     parser.add("hidden_size", "units in a layer", defaults.hidden_size, type=whole(1), metavar="H")
     parser.add("num_layers", "layers", defaults.num_layers, type=whole(1), metavar="L")
     parser.add("seed", "of weights and batches", defaults.seed, type=whole(0), metavar="N")
