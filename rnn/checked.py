@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import layer_norm
@@ -135,7 +136,13 @@ class Checked(torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
     ) -> Prepared:
         """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
-        weights: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
+        names = self._flat_weights_names
+        if is_parametrized(self) and not torch.compiler.is_compiling():
+            # torch.nn computes such a weight four times and takes the last: here too, so that one
+            # seed draws the same masks.
+            self._weights_have_changed()
+            names = [name for name in names if hasattr(self, name)]
+        weights: list[Any] = [getattr(self, name) for name in names]
         listed = self._flat_weights[0]
         if isinstance(listed, Tensor) and getattr(weights[0], "dtype", None) != listed.dtype:
             self._init_flat_weights()
