@@ -33,7 +33,16 @@ def passes(release: str, tests: list[str]) -> bool:
         got = subprocess.run(version, env=environment, check=True, capture_output=True, text=True)
         assert got.stdout == f"Triton {release}\n", got.stdout
         print(got.stdout, end="", flush=True)
-        pytest = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::DeprecationWarning"]
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "2",
+            "-W",
+            "ignore::DeprecationWarning",
+        ]
         done = subprocess.run([*pytest, *tests], cwd=ROOT, env=environment)
     return done.returncode == 0
 
