@@ -142,7 +142,7 @@ class Recurrent(RecurrentBase[Any]):
     GRU and LSTM are cases.
 
     Args:
-        cell: a Cell of rnn.cells.CELLS, with G gates and S states.
+        cell: a Cell of rnn.cells.CELLS, with G gates and S states, or its name.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype: as of torch.nn.RNN.
         backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
@@ -158,10 +158,11 @@ class Recurrent(RecurrentBase[Any]):
     for that number of steps alone. A module that is unpickled needs its cell in CELLS before.
 
     Raises:
-        TypeError: cell is no Cell. ValueError: it is not the one that CELLS has under its name.
+        TypeError: cell is neither a Cell nor a name. ValueError: CELLS has no cell of that name, or
+        another one.
 
     Example:
-        >>> model = rnn.Recurrent(rnn.cells.CELLS["gru"], 5, 7, bidirectional=True)
+        >>> model = rnn.Recurrent("gru", 5, 7, bidirectional=True)
         >>> output, h_n = model(torch.randn(6, 3, 5))
         >>> output.shape, h_n.shape
         (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
@@ -169,7 +170,7 @@ class Recurrent(RecurrentBase[Any]):
 
     def __init__(
         self,
-        cell: Cell,
+        cell: str | Cell,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
@@ -186,8 +187,8 @@ class Recurrent(RecurrentBase[Any]):
         zoneout: float | tuple[float, ...] = 0.0,
         recurrent_grad_clip: float | None = None,
     ) -> None:
-        if not isinstance(cell, Cell):
-            raise TypeError(f"cell must be a Cell, got {type(cell).__name__}")
+        if not isinstance(cell, str | Cell):
+            raise TypeError(f"cell must be a Cell or its name, got {type(cell).__name__}")
         super().__init__(
             mode_of(cell_of(cell)),
             input_size,

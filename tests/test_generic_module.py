@@ -297,12 +297,13 @@ def test_wrong_inputs_and_weights(cell):
 def test_wrong_arguments(error):
     wrong = {
         TypeError: [
-            lambda: rnn.Recurrent("lstm", I, H),
+            lambda: rnn.Recurrent(rnn.LSTM, I, H),
             lambda: rnn.Recurrent(LEAKY, I, 1.5),
             lambda: rnn.Recurrent(LEAKY, I, H, bias=1),
             lambda: rnn.Recurrent(LEAKY, I),
         ],
         ValueError: [
+            lambda: rnn.Recurrent("LSTM", I, H),  # the name is "lstm"
             lambda: rnn.Recurrent(LEAKY, 0, H),
             lambda: rnn.Recurrent(LEAKY, I, H, num_layers=0),
             lambda: rnn.Recurrent(LEAKY, I, H, dropout=2.0),

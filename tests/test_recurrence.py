@@ -87,6 +87,26 @@ def test_one_gradient_from_one_result(cell, backend, tf32, nan_filled):
             assert all(x.grad is None for k, x in enumerate(leaves) if k != wanted)
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_tiles_say_what_the_step_and_its_vjp_read(name):
+    """Without reads_h, h would be rounded at each step; without recalls, gradients be wrong."""
+    from rnn.kernels.cells import CELLS as TILES
+
+    cell, tiles = CELLS[name], TILES[name]
+
+    def tensors(count: int) -> tuple:
+        return tuple(torch.randn(2, 3) for _ in range(count))
+
+    x, h, state, params = map(tensors, (cell.gates, cell.gates, cell.states, len(cell.params)))
+    state[0].requires_grad_()
+    new, saved = cell.step(x, h, state, params)
+    assert tiles.reads_h == new[0].requires_grad
+    before = tuple(torch.full_like(s, torch.nan) for s in state)
+    told = cell.step_vjp(tensors(cell.states), before, new, saved, params)
+    read = any(t is not None and t.isnan().any() for results in told for t in results)
+    assert tiles.recalls == bool(read)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_recorded_without_grad(cell, backend):
