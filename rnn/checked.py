@@ -136,13 +136,15 @@ class Checked(torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: State | None, lengths: Tensor | None
     ) -> Prepared:
         """The checks of torch.nn, and in Python those that it leaves to its C++ part."""
-        names = self._flat_weights_names
-        if is_parametrized(self) and not torch.compiler.is_compiling():
-            # torch.nn computes such a weight four times and takes the last: here too, so that one
-            # seed draws the same masks.
+        computed = is_parametrized(self) and not torch.compiler.is_compiling()
+        if computed:
+            # torch.nn looks at such a weight twice, by hasattr and getattr, and then once more so.
+            # Each look computes it: looked at likewise, one seed draws the same masks.
             self._weights_have_changed()
-            names = [name for name in names if hasattr(self, name)]
-        weights: list[Any] = [getattr(self, name) for name in names]
+        weights: list[Any] = [
+            None if computed and not hasattr(self, name) else getattr(self, name)
+            for name in self._flat_weights_names
+        ]
         listed = self._flat_weights[0]
         if isinstance(listed, Tensor) and getattr(weights[0], "dtype", None) != listed.dtype:
             self._init_flat_weights()

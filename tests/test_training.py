@@ -113,19 +113,20 @@ class WeightDrop(nn.Module):
         return nn.functional.dropout(weight, self.p, self.training)
 
 
-def dropped(module, p=0.5):
-    parametrize.register_parametrization(module, "weight_hh_l0", WeightDrop(p))
+def dropped(module, p=0.5, name="weight_hh_l0"):
+    parametrize.register_parametrization(module, name, WeightDrop(p))
     return module
 
 
 @each_cell
 @each_backend
 def test_weight_dropout_is_torchs_of_one_seed(cell, backend):
-    """Results, and the gradient of the weight under the mask."""
+    """Results, and the gradient of a weight under its mask; two weights draw in turn."""
     results = []
-    for module in twins(cell, backend=backend):
+    for module in twins(cell, backend=backend, num_layers=2):
         x, hx = problem(module)
         dropped(module)
+        dropped(module, name="weight_hh_l1")
         torch.manual_seed(1)
         results.append(everything(module, x, hx))
     assert_same(results[1], results[0])
