@@ -3,7 +3,7 @@
 The same pairs, under the same names, as in rnn/cells.py, where the equations are discussed. Maths
 only: no pointer, no load, no store. Arguments and results are tuples of float32 tiles of shape
 (hidden units, batch rows), params of (hidden units, 1); where the tiles come from is the business
-of recurrence.py.
+of the loops.
 
     step(x_gates, h_gates, state, params, APPROXIMATE) -> state, saved
     step_vjp(d_state, state_prev, state, saved, params, APPROXIMATE)

@@ -35,7 +35,7 @@ from .hopper_tiles import (
     take,
     walk,
 )
-from .recurrence import RUNTIME_BACKWARD
+from .portable_backward import RUNTIME_BACKWARD
 from .steps import (
     add,
     at_step,

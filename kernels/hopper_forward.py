@@ -1,4 +1,4 @@
-"""The Hopper engine's forward loop: that of recurrence.py in Gluon, with W_hh in registers.
+"""The Hopper engine's forward loop: that of portable_forward.py in Gluon, with W_hh in registers.
 
     state = STEP(x_gates[t], W_hh h, state)           t in processing order
 
@@ -59,7 +59,7 @@ from .steps import (
     where_active,
 )
 
-# As in recurrence.py: a value of 1 or a multiple of 16 must not compile the kernel again.
+# As in portable_forward.py: a value of 1 or a multiple of 16 must not compile the kernel again.
 RUNTIME = [
     "T", "B", "reverse",
     "x_gates_stride_t", "x_gates_stride_b", "output_stride_t", "output_stride_b",

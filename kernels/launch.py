@@ -19,7 +19,8 @@ from .hopper_plan import HopperPlan
 from .layout import Inputs, dense, empty_steps, stride_arguments
 from .limits import KernelUnavailable, Plan
 from .plan import PortablePlan
-from .recurrence import backward_kernel, forward_kernel
+from .portable_backward import backward_kernel
+from .portable_forward import forward_kernel
 
 PATIENCE = 1 << 22  # polls of a flag, each a trip to L2: some seconds, then the wait is given up
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1

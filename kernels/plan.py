@@ -24,7 +24,7 @@ SIGNAL = 16  # clocks from one block's signal to the next at one address of L2; 
 
 @dataclass(frozen=True, kw_only=True)
 class PortablePlan(Plan):
-    """How the kernels of recurrence.py are launched."""
+    """How the portable kernels are launched."""
 
     block_s: int  # hidden units of a block: all, padded to a power of two, or a slice of them
     num_warps: int

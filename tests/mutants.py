@@ -46,7 +46,7 @@ PRECISION = "tests/test_precision.py"
 GENERIC = "tests/test_generic.py -k 'module or without or places'"
 
 CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
-    ("kernels/recurrence.py", LOOPS): {
+    ("kernels/portable_forward.py", LOOPS): {
         "row-mask-forward": (
             """rows < B)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
@@ -54,14 +54,6 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             """rows >= 0)
     dtype: tl.constexpr = output_ptr.dtype.element_ty
     x_gates_offsets""",
-        ),
-        "row-mask-backward": (
-            """rows < B)
-    dtype: tl.constexpr = output_ptr.dtype.element_ty
-    output_offsets""",
-            """rows >= 0)
-    dtype: tl.constexpr = output_ptr.dtype.element_ty
-    output_offsets""",
         ),
         "padding-of-x-read": (
             "wanted = mask & active_at(i + 1, steps, backwards, lengths)",
@@ -81,6 +73,26 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "(output,), written, H, DIRECT)",
             "(output,), present, H, DIRECT)",
         ),
+        "steps-beyond-the-end-taken": (
+            "            if lengths is None and k == 0:\n                state = ",
+            "            if lengths is None:\n                state = ",
+        ),
+        "steps-beyond-the-end-written": (
+            """mask & active_at(i, steps, backwards, within)
+            taken""",
+            """mask
+            taken""",
+        ),
+    },
+    ("kernels/portable_backward.py", LOOPS): {
+        "row-mask-backward": (
+            """rows < B)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+            """rows >= 0)
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+    output_offsets""",
+        ),
         "d_h_gates-for-d_x_gates": (
             "store_tiles(d_x_gates_ptr + d_gates_at, d_x_gates, written, H, DIRECT)",
             "store_tiles(d_x_gates_ptr + d_gates_at, d_h_gates, written, H, DIRECT)",
@@ -94,19 +106,9 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "d_state = where_active(active, d_before, d_state)",
             "d_state = d_before",
         ),
-        "steps-beyond-the-end-taken": (
-            "            if lengths is None and k == 0:\n                state = ",
-            "            if lengths is None:\n                state = ",
-        ),
         "steps-beyond-the-end-taken-backward": (
             "            if lengths is None and k == 0:\n                d_state = ",
             "            if lengths is None:\n                d_state = ",
-        ),
-        "steps-beyond-the-end-written": (
-            """mask & active_at(i, steps, backwards, within)
-            taken""",
-            """mask
-            taken""",
         ),
         "param-gradient-of-padding": (
             "d_params_step = zero_where_not(active, d_params_step)",
@@ -127,20 +129,22 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "ptrs = ptrs",
         ),
     },
-    ("kernels/recurrence.py", FAR): {
+    ("kernels/portable_forward.py", FAR): {
         "32-bit-rows-forward": (
             """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
     first_unit""",
             """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
     first_unit""",
         ),
+        "32-bit-steps": ("x_gates_stride_t.to(tl.int64) * UNIT,", "x_gates_stride_t * UNIT,"),
+    },
+    ("kernels/portable_backward.py", FAR): {
         "32-bit-rows-backward": (
             """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[None, :]
     units""",
             """    rows = (tile * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
     units""",
         ),
-        "32-bit-steps": ("x_gates_stride_t.to(tl.int64) * UNIT,", "x_gates_stride_t * UNIT,"),
         "32-bit-steps-backward": ("d_output_stride_t.to(tl.int64)", "d_output_stride_t"),
     },
     ("kernels/exchange.py", SLICES): {
@@ -150,18 +154,12 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
     while (arrived < SLICES) & (polls < patience):""",
         ),
     },
-    ("kernels/recurrence.py", SLICES): {
+    ("kernels/portable_forward.py", SLICES): {
         "alive-forgotten-forward": (
             """SLICES) & alive
                 h = gather""",
             """SLICES)
                 h = gather""",
-        ),
-        "alive-forgotten-backward": (
-            """SLICES) & alive
-            d_h = zero""",
-            """SLICES)
-            d_h = zero""",
         ),
         "patience-paid-again-forward": (
             """tl.where(alive, patience, 0), SLICES) & alive
@@ -169,17 +167,25 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             """patience, SLICES) & alive
                 h = gather""",
         ),
-        "patience-paid-again-backward": (
-            """tl.where(alive, patience, 0), SLICES) & alive
-            d_h = zero""",
-            """patience, SLICES) & alive
-            d_h = zero""",
-        ),
         "one-slot": (
             """                slot_ptr = exchange_ptr + (i % 2) * exchange_size
                 tl.store(""",
             """                slot_ptr = exchange_ptr
                 tl.store(""",
+        ),
+    },
+    ("kernels/portable_backward.py", SLICES): {
+        "alive-forgotten-backward": (
+            """SLICES) & alive
+            d_h = zero""",
+            """SLICES)
+            d_h = zero""",
+        ),
+        "patience-paid-again-backward": (
+            """tl.where(alive, patience, 0), SLICES) & alive
+            d_h = zero""",
+            """patience, SLICES) & alive
+            d_h = zero""",
         ),
     },
     ("kernels/products.py", TF32): {
@@ -293,12 +299,14 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "            torch.is_grad_enabled() and tensors[0].size(-1) < 512  # create_graph",
         ),
     },
-    ("kernels/recurrence.py", REGULARISED): {
+    ("kernels/portable_forward.py", REGULARISED): {
         "first-h-not-dropped": (
             "h = ((state[0] * h_mask).to(dtype),)",
             "h = (state[0].to(dtype),)",
         ),
         "h-not-dropped": ("taken = taken * h_mask", "taken = taken"),
+    },
+    ("kernels/portable_backward.py", REGULARISED): {
         "gradient-of-dropped-h-passes": ("d_h = d_h * h_mask + d_prev[0]", "d_h = d_h + d_prev[0]"),
         "gradient-past-w_hh-dropped-too": (
             "d_h = d_h * h_mask + d_prev[0]",
@@ -308,7 +316,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
         "gradient-of-what-was-kept-lost": ("d_prev = add(kept, d_prev)", "d_prev = d_prev"),
         "gradient-of-h-not-clamped": ("d_h = clamp(d_h, grad_clip)", "d_h = d_h"),
     },
-    ("kernels/recurrence.py", "tests/test_slices.py -k regularisers"): {
+    ("kernels/portable_forward.py", "tests/test_slices.py -k regularisers"): {
         "first-h-of-others-not-dropped": (
             "h = scale(h, gather(h_mask_ptr",
             "scale(h, gather(h_mask_ptr",
