@@ -168,9 +168,8 @@ def assert_close_to_float64(
         assert error <= bound, f"{name}: error {error:.2e}, bound {bound:.2e}"
 
 
-def run(case: Case, p, backend: str) -> dict:
-    """All results of rnn.recurrence by name."""
-    leaves = leaves_of(case, p)
+def forward(case: Case, p: Problem, leaves: list[Tensor], backend: str) -> tuple[Tensor, tuple]:
+    """output and the last states of rnn.recurrence."""
     x_gates, state0, weight_hh, params = split_leaves(case, leaves)
     output, state_n = rnn.recurrence(
         x_gates,
@@ -182,8 +181,13 @@ def run(case: Case, p, backend: str) -> dict:
         reverse=case.reverse,
         backend=backend,
     )
-    state_n = state_n if len(state0) > 1 else (state_n,)
-    return differentiate(p, output, state_n, leaves)
+    return output, state_n if len(state0) > 1 else (state_n,)
+
+
+def run(case: Case, p: Problem, backend: str) -> dict:
+    """All results of rnn.recurrence by name."""
+    leaves = leaves_of(case, p)
+    return differentiate(p, *forward(case, p, leaves, backend), leaves)
 
 
 def check(case: Case, dtype: torch.dtype, backend: str, device: str, floor=None) -> None:

@@ -5,7 +5,15 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from cases import Case, assert_close_to_float64, differentiate, leaves_of, problem, split_leaves
+from cases import (
+    Case,
+    assert_close_to_float64,
+    check,
+    differentiate,
+    leaves_of,
+    problem,
+    split_leaves,
+)
 
 import rnn
 from rnn.cells import CELLS
@@ -69,22 +77,7 @@ def test_the_equation_is_the_users_function(cell, shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_path(cell, shape, dtype, nan_filled):
-    case = shape._replace(cell=cell.name)
-    p = problem(case).to(dtype)
-    leaves = leaves_of(case, p)
-    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
-    output, state_n = rnn.recurrence(
-        x_gates,
-        state0 if len(state0) > 1 else state0[0],
-        weight_hh,
-        params,
-        cell=cell.name,
-        lengths=p.lengths,
-        reverse=case.reverse,
-        backend="torch",
-    )
-    state_n = state_n if len(state0) > 1 else (state_n,)
-    assert_close_to_float64(case, differentiate(p, output, state_n, leaves), dtype)
+    check(shape._replace(cell=cell.name), dtype, "torch", "cpu")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, at rows that do not exist

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from cases import Case, leaves_of, problem, split_leaves
+from cases import Case, forward, leaves_of, problem
 from torch.autograd import gradcheck, gradgradcheck
 
-import rnn
 from rnn.cells import CELLS
 
 EACH_CELL = [
@@ -19,18 +18,8 @@ CASES = [case._replace(cell=cell) for cell in CELLS for case in EACH_CELL]
 
 def function(case: Case, p, backend: str = "torch"):
     def f(*leaves):
-        x_gates, state0, weight_hh, params = split_leaves(case, list(leaves))
-        output, state_n = rnn.recurrence(
-            x_gates,
-            state0 if len(state0) > 1 else state0[0],
-            weight_hh,
-            params,
-            cell=case.cell,
-            lengths=p.lengths,
-            reverse=case.reverse,
-            backend=backend,
-        )
-        return output, *(state_n if len(state0) > 1 else (state_n,))
+        output, state_n = forward(case, p, list(leaves), backend)
+        return output, *state_n
 
     return f
 

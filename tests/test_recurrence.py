@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import CASES, Case, check, differentiate, leaves_of, problem, run, split_leaves, worst
+from cases import (
+    CASES,
+    Case,
+    check,
+    differentiate,
+    forward,
+    leaves_of,
+    problem,
+    run,
+    split_leaves,
+    worst,
+)
 
 import rnn
 from rnn import torch_path
@@ -167,20 +178,12 @@ def test_non_contiguous_lengths_and_states(cell, backend, tf32, nan_filled):
         return buffer[..., 0]
 
     leaves = [spread(x, 9.0).detach().requires_grad_() for x in leaves_of(case, p)]
-    x_gates, state0, weight_hh, params = split_leaves(case, leaves)
-    output, state_n = rnn.recurrence(
-        x_gates,
-        state0 if len(state0) > 1 else state0[0],
-        weight_hh,
-        params,
-        cell=cell,
-        lengths=spread(p.lengths, case.T),
-        backend=backend,
-    )
     apart = p._replace(
-        d_output=spread(p.d_output, 9.0), d_state_n=tuple(spread(d, 9.0) for d in p.d_state_n)
+        lengths=spread(p.lengths, case.T),
+        d_output=spread(p.d_output, 9.0),
+        d_state_n=tuple(spread(d, 9.0) for d in p.d_state_n),
     )
-    got = differentiate(apart, output, state_n if len(state0) > 1 else (state_n,), leaves)
+    got = differentiate(apart, *forward(case, apart, leaves, backend), leaves)
     for name, x in expected.items():
         torch.testing.assert_close(got[name], x, rtol=0, atol=1e-6, msg=name)
 
