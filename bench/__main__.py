@@ -69,6 +69,8 @@ def benchmark(args: argparse.Namespace) -> int:
     if args.into is not None:
         report.put_between(args.into.read_text(encoding="utf-8"), "")  # better now than after
     out.mkdir(parents=True, exist_ok=True)  # or fail now
+    if (old := out / store.JSON).exists():
+        Results.read(old)  # results may be replaced, another file may not
     results = Results(store.make_header(device))
 
     print(f"{store.device_name(device)}: {', '.join(FIGURES)} in µs per time step; torch.nn / this")

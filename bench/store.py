@@ -81,6 +81,7 @@ class Results:
             results = cls(data["header"], [Row(**row) for row in data["rows"]])
             for row in results.rows.values():
                 row.times = {name: Time(*time) for name, time in row.times.items()}
+            str(results)  # its header is whole
         except OSError as error:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:

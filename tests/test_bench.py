@@ -189,9 +189,11 @@ def test_an_error_is_one_line(arguments, fault, capsys):
     assert fault in one_line(capsys, *arguments)
 
 
-@pytest.mark.parametrize("lacking", ["header", "rows"])
-def test_what_is_no_file_of_results(lacking, tmp_path, capsys):
+@pytest.mark.parametrize("lacking", ["header", "rows", "device"])
+def test_what_is_no_file_of_results_is_not_read_and_not_replaced(lacking, tmp_path, capsys):
     results_of(1e-3).write(tmp_path)
     path = tmp_path / "results.json"
-    path.write_text(path.read_text().replace(f'"{lacking}"', '"other"'))
-    assert f"is not a file of results: '{lacking}'" in one_line(capsys, "--compare", path, path)
+    path.write_text(other := path.read_text().replace(f'"{lacking}"', '"other"'))
+    for arguments in (["--compare", path, path], ["--quick", "--out", tmp_path]):
+        assert f"is not a file of results: '{lacking}'" in one_line(capsys, *arguments)
+    assert path.read_text() == other

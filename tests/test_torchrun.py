@@ -11,10 +11,11 @@ import torch
 from commands import ENVIRONMENT, SMALL, TEXT, refusal
 
 from rnn.__main__ import main
-from rnn.jobs import cli
+from rnn.jobs import charlm, cli
 from rnn.jobs.corpus import Corpus
+from rnn.jobs.interrupts import Interrupted, Raising, handled_by
 from rnn.jobs.language_model import CHUNK, ROWS, Settings, Trainer, make_model
-from rnn.jobs.processes import processes
+from rnn.jobs.processes import Processes, processes
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -116,6 +117,25 @@ def test_a_signal_to_one_ends_all_with_a_checkpoint_that_any_number_resumes(tmp_
             assert done.stdout.count("held-out text, ") == 1
         before, losses = saved["losses"], torch.load(out / cli.CHECKPOINT)["losses"]
         assert losses[: len(before)] == before and len(losses) > len(before)
+
+
+def test_all_processes_end_at_the_same_step_whenever_the_signal_comes(tmp_path):
+    """One that comes just after they agreed to go on, which the others cannot know of, must not
+    keep this process from the step that they wait in."""
+    (tmp_path / "text").write_text(TEXT)
+    settings = Settings(hidden_size=16, backend="torch", text=str(tmp_path / "text"), seconds=600)
+    agreed = []
+
+    class Late(Processes):
+        def any(self, one):
+            agreed.append(super().any(one))
+            if agreed == [False]:
+                signal.raise_signal(signal.SIGTERM)
+            return agreed[-1]
+
+    with handled_by(Raising()), pytest.raises(Interrupted):
+        charlm.run(settings, tmp_path / "out", team=Late())
+    assert len(torch.load(tmp_path / "out" / cli.CHECKPOINT)["losses"]) == 1
 
 
 def second_of(parent):

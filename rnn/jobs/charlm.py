@@ -197,9 +197,10 @@ def learn(
         with interrupts_held() as interrupted:
 
             def ended() -> bool:
-                if team.any(interrupted.is_set()) and not interrupted.is_set():
+                # As all agree, and no more: a signal that has come since is for the next time.
+                if (stop := team.any(interrupted.is_set())) and not interrupted.is_set():
                     signal.raise_signal(signal.SIGTERM)  # as another process got one
-                return spent() >= 1 or interrupted.is_set()
+                return stop or spent() >= 1
 
             cpu = trainer.inputs.device.type == "cpu"
             if cpu and team.count == 1 and torch.get_num_threads() > 1:
