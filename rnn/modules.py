@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -14,6 +14,19 @@ from .dispatch import Backend, choose
 from .kernels.limits import NoPlan
 from .nested import Nested
 from .recurrent import RecurrentBase
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """What each module takes beside the arguments of torch.nn's. RNN says what they mean."""
+
+    backend: Backend
+    checkpoint_every: int | None
+    recurrent_dropout: float
+    zoneout: float | tuple[float, ...]
+    recurrent_grad_clip: float | None
 
 
 class RNN(RecurrentBase[Tensor]):
@@ -59,15 +72,26 @@ class RNN(RecurrentBase[Tensor]):
         (torch.Size([6, 3, 14]), torch.Size([2, 3, 7]))
     """
 
-    def __init__(self, *args: Any, backend: Backend = "auto", **kwargs: Any) -> None:
-        _refuse_projection(kwargs)
-        if len(args) > 3:
-            nonlinearity, args = args[3], args[:3] + args[4:]
-        else:
-            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: "Unpack[Options]",
+    ) -> None:
+        _refuse_projection(options)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
-        super().__init__(f"RNN_{nonlinearity.upper()}", *args, backend=backend, **kwargs)
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        mode = f"RNN_{nonlinearity.upper()}"
+        super().__init__(mode, *sizes, device=device, dtype=dtype, **options)
         self.nonlinearity = nonlinearity
 
 
@@ -97,11 +121,24 @@ class GRU(RecurrentBase[Tensor]):
     """
 
     def __init__(
-        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        **options: "Unpack[Options]",
     ) -> None:
-        _refuse_projection(kwargs)
-        mode, args = _normed("GRU", args, kwargs) if layer_norm else ("GRU", args)
-        super().__init__(mode, *args, backend=backend, **kwargs)
+        _refuse_projection(options)
+        mode, bias = _normed("GRU", bias) if layer_norm else ("GRU", bias)
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__(mode, *sizes, device=device, dtype=dtype, **options)
 
 
 class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
@@ -131,10 +168,24 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, *args: Any, backend: Backend = "auto", layer_norm: bool = False, **kwargs: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        layer_norm: bool = False,
+        **options: "Unpack[Options]",
     ) -> None:
-        mode, args = _normed("LSTM", args, kwargs) if layer_norm else ("LSTM", args)
-        super().__init__(mode, *args, backend=backend, **kwargs)
+        mode, bias = _normed("LSTM", bias, proj_size) if layer_norm else ("LSTM", bias)
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__(mode, *sizes, proj_size, device=device, dtype=dtype, **options)
 
 
 class Recurrent(RecurrentBase[Any]):
@@ -180,49 +231,30 @@ class Recurrent(RecurrentBase[Any]):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
-        *,
-        backend: Backend = "auto",
-        checkpoint_every: int | None = None,
-        recurrent_dropout: float = 0.0,
-        zoneout: float | tuple[float, ...] = 0.0,
-        recurrent_grad_clip: float | None = None,
+        **options: "Unpack[Options]",
     ) -> None:
         if not isinstance(cell, str | Cell):
             raise TypeError(f"cell must be a Cell or its name, got {type(cell).__name__}")
-        super().__init__(
-            mode_of(cell_of(cell)),
-            input_size,
-            hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            checkpoint_every=checkpoint_every,
-            recurrent_dropout=recurrent_dropout,
-            zoneout=zoneout,
-            recurrent_grad_clip=recurrent_grad_clip,
-        )
+        if "proj_size" in options:
+            raise TypeError("rnn.Recurrent takes no proj_size")
+        mode = mode_of(cell_of(cell))
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__(mode, *sizes, device=device, dtype=dtype, **options)
 
     def extra_repr(self) -> str:
         return f"{self.cell}, {super().extra_repr()}"
 
 
-def _normed(mode: str, args: tuple, kwargs: dict[str, Any]) -> tuple[str, tuple]:
-    """The mode of the layer-normalised form, and the arguments without b_ih and b_hh."""
-    bias = args[3] if len(args) > 3 else kwargs.pop("bias", True)
-    if not bias or kwargs.get("proj_size"):
+def _normed(mode: str, bias: bool, proj_size: int = 0) -> tuple[str, bool]:
+    """The mode of the layer-normalised form, which has no b_ih and b_hh."""
+    if not bias or proj_size:
         raise ValueError("layer_norm=True needs bias=True and proj_size=0")
-    kwargs |= {} if len(args) > 3 else {"bias": False}
     layer_norm.register()
-    return layer_norm.NORMED[mode].name, (*args[:3], *(False for _ in args[3:4]), *args[4:])
+    return layer_norm.NORMED[mode].name, False
 
 
-def _refuse_projection(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
+def _refuse_projection(options: Any) -> None:
+    if "proj_size" in options:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
