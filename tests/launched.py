@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+import triton
 from cases import Case, Problem, in_layout
 
 from rnn.cells import CELLS
@@ -14,6 +15,12 @@ from rnn.kernels.plan import plan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETER = Limits("interpreter", 227 * 1024, 132, False, False, "wgmma", "not here")
 GUARD = 64  # elements
+# What exp needs, and what no chip does: the reason, or "".
+FMA_ROUNDS_TWICE = (
+    "tl.fma rounds twice in the interpreter of Triton 3.6"
+    if launch.INTERPRETED and triton.__version__.startswith("3.6.")
+    else ""
+)
 
 
 class Fences:

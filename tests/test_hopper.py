@@ -16,7 +16,7 @@ from test_plan import layer
 from rnn import dispatch
 from rnn.cells import CELLS
 from rnn.kernels.chips import CHIPS
-from rnn.kernels.hopper_plan import HopperPlan, Pass, forward_passes, passes
+from rnn.kernels.hopper_plan import HopperPlan, Pass, clusters, forward_passes, passes
 from rnn.kernels.limits import KernelUnavailable, NoPlan
 from rnn.kernels.plan import PortablePlan, plan
 
@@ -25,6 +25,9 @@ pytest.importorskip("triton")
 from launched import run
 
 H100 = CHIPS["sm_90"].limits()
+
+
+with_clusters = pytest.mark.skipif(not clusters(), reason="clusters need Triton 3.8")
 
 
 def passes_of(p: HopperPlan) -> tuple[Pass, Pass]:
@@ -80,12 +83,14 @@ def test_every_plan_fits(cell):
         ("lstm", 512, 16),
     ],
 )
+@with_clusters
 def test_few_rows_go_to_as_many_ctas_as_help(cell, H, ctas):
     p = plan(layer(cell, H, 16), H100)
     assert isinstance(p, HopperPlan) and p.forward.ctas == ctas
     assert (p.block_b, p.tiles) == (8, 2)
 
 
+@with_clusters
 def test_many_rows_go_to_few_ctas():
     few, many = (plan(layer("lstm", 64, B), H100) for B in (16, 2048))
     assert isinstance(few, HopperPlan) and isinstance(many, HopperPlan)
@@ -112,6 +117,7 @@ def test_other_chips_are_not_told_about_it():
         assert isinstance(p, PortablePlan) and "Hopper" not in str(p)
 
 
+@with_clusters
 def test_the_plan_says_what_the_other_engine_would_cost():
     p = plan(layer("lstm", 256, 16), H100)
     assert isinstance(p, HopperPlan)
@@ -194,7 +200,7 @@ def test_the_portable_engine_takes_over_with_a_warning(hopper_fails):
     for a, b in zip(got, [output, h_n, *(p.grad for p in twin.parameters())], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is not tried again
+        warnings.simplefilter("error", UserWarning)  # it is not tried again
         module(x)
     assert "portable engine: the compiler says no" in rnn.explain(module, x)
 
@@ -209,6 +215,7 @@ def test_what_takes_over_sums_params_over_its_own_tiles(hopper_fails, nan_filled
         assert torch.equal(got[name], x), name
 
 
+@with_clusters
 def test_a_device_that_refuses_clusters_of_16_gets_8(monkeypatch):
     monkeypatch.setattr(dispatch.kernels, "unavailable", {})
     monkeypatch.setattr(dispatch, "_limits", lambda *args: H100)

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from launched import DEVICE, from_bits, planned, run
+from launched import DEVICE, FMA_ROUNDS_TWICE, from_bits, planned, run
 
 from rnn.cells import CELLS
 from rnn.kernels import launch
@@ -142,6 +142,8 @@ def test_rounding_to_tf32():
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid"])
 def test_relative_accuracy_at_every_magnitude(name):
+    if FMA_ROUNDS_TWICE and name == "sigmoid":
+        pytest.skip(FMA_ROUNDS_TWICE)
     magnitudes = torch.logspace(-37, 38, 20_000)
     near = torch.linspace(-30, 30, 30_000)
     x = torch.cat([magnitudes, -magnitudes, near, EDGES])
