@@ -191,7 +191,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         # each of its gates spill some even so.)
         layer.across and unit == "mma" and gates == 4 and block_s > 64,
         layer.across and unit == "wgmma" and ragged and block_s > 64,
-        layer.across and (layer.packed or layer.regularised) and block_s > 64,
+        layer.across and (layer.packed or layer.regularised) and gates * block_s * itemsize > 768,
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
