@@ -26,6 +26,8 @@ from unittest import mock
 
 import torch
 
+from rnn import layer_norm
+from rnn.cells import CELLS, Cell
 from rnn.kernels.chips import CHIPS
 from rnn.kernels.hopper_plan import HopperPlan
 from rnn.kernels.layout import Inputs
@@ -37,10 +39,16 @@ from .cases import DTYPES
 from .machine_code import WEIGHTS, CodeLoop, parse_code, parse_resources, parse_ttgir
 from .report import table
 
+NORMED = tuple(cell.name for cell in layer_norm.NORMED.values())
 LENGTHS = ("equal", "padded", "packed")
 ON_CHIP = {"registers", "shared memory", "tensor memory"}
 
 Row = dict[str, Any]  # a line of the table, by column
+
+
+def find_cell(name: str) -> Cell:
+    layer_norm.register()
+    return CELLS[name] if name in NORMED else cell_named(name)
 
 
 class Job(NamedTuple):
@@ -54,11 +62,11 @@ class Job(NamedTuple):
     batch: int = 16
 
     def plan(self) -> Plan | NoPlan:
-        cell = cell_named(self.cell)
+        cell = find_cell(self.cell)
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         dtype, tf32, _ = DTYPES[self.dtype]
         layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
-        return plan(layer, CHIPS[self.target].limits())
+        return plan(layer._replace(across=cell.across), CHIPS[self.target].limits())
 
 
 # ------------------------------------------------------------------------------- compilation
@@ -103,7 +111,7 @@ def training_step(job: Job, planned: Plan, T: int = 2) -> None:
     """Launch what the library launches for one layer, forward and backward, with all gradients."""
     from rnn.kernels import launch
 
-    cell, B, H = cell_named(job.cell), job.batch, job.H
+    cell, B, H = find_cell(job.cell), job.batch, job.H
     dtype = DTYPES[job.dtype].torch
     steps = (T * B,) if job.lengths == "packed" else (T, B)
     inputs = Inputs(
@@ -253,7 +261,7 @@ def main() -> int:
         parser.add_argument(name, nargs="+", choices=choices, default=default)
 
     choose("--target", list(CHIPS), ["sm_80", "sm_90", "sm_100", "gfx942"])
-    choose("--cell", NAMES, list(MODULES))
+    choose("--cell", [*NAMES, *NORMED], list(MODULES))
     choose("--dtype", ["bfloat16", "float16", "tf32", "float32"], ["bfloat16", "tf32", "float32"])
     choose("--lengths", LENGTHS, ["equal"])
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256], metavar="H")

@@ -91,6 +91,8 @@ def refusal(layer: Layer, limits: Limits) -> str:
         return "is for sm_90"
     if layer.parts > 1:
         return "rounds float32 products to tf32, which is not allowed"
+    if layer.across:
+        return "has no step that reads all units of a row"
     if layer.packed:
         return "takes no packed rows"
     if layer.regularised:

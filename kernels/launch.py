@@ -126,6 +126,7 @@ def launch(
         launch_hopper(pass_name, plan, what, inputs, tile_cell.reads, arguments)
     else:
         assert isinstance(plan, PortablePlan)
+        arguments["ACROSS"] = cell.across
         launch_portable(pass_name, plan, what, inputs, like, width, arguments)
 
 
@@ -234,7 +235,7 @@ def launch_portable(
 @falling_back
 def forward(
     plan: Plan,
-    cell: Any,  # has name, gates, states, stored, params, split, as the cells of the package
+    cell: Any,  # has name, gates, states, stored, split, across, as the cells of the package
     inputs: Inputs,
     save: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:

@@ -30,6 +30,7 @@ class Layer(NamedTuple):
     tf32: bool  # float32 products may be rounded to tf32; other dtypes ignore it
     packed: bool = False  # rows of different length lie packed in memory
     regularised: bool = False  # by dropout of h, zoneout, or clipping of its gradient
+    across: bool = False  # a step reads all units of a row: one block must hold them
 
     @property
     def itemsize(self) -> int:

@@ -89,9 +89,16 @@ def plan(layer: Layer, limits: Limits) -> Plan | NoPlan:
     refusal = hopper_plan.refusal(layer, limits)
     offers = [] if refusal else hopper_plan.offers(layer, limits)
     if not offers and portable is None:
+        weights = f"W_hh of {layer.gates} gate(s) and hidden size {layer.hidden_size} in"
+        if layer.across:
+            return NoPlan(
+                "a step that normalises over all units needs one block that holds all of W_hh; "
+                f"{weights} {layer.dtype_name} is too large for one of {limits.name} "
+                f"({limits.sram / 1024:.0f} KiB, and its registers)"
+            )
         return NoPlan(
-            f"W_hh of {layer.gates} gate(s) and hidden size {layer.hidden_size} in "
-            f"{layer.dtype_name}, in {layer.directions} direction(s), fits the SRAM of no number "
+            f"{weights} {layer.dtype_name}, in {layer.directions} direction(s), "
+            "fits the SRAM of no number "
             f"of blocks that {limits.name} holds at once ({limits.sms} of "
             f"{limits.sram / 1024:.0f} KiB)"
             + ("" if limits.cooperative else "; its blocks cannot be made to wait for each other")
@@ -126,11 +133,12 @@ def cheapest(plans: list[PortablePlan], batch: int) -> PortablePlan | None:
 
 @lru_cache(maxsize=1024)
 def plans_of(layer: Layer, limits: Limits) -> list[PortablePlan]:
-    """Every plan that fits: slices of each power of two up to all units, tiles of each height. Of
-    one batch tile, so that a new batch finds them ready."""
+    """Every plan that fits: slices of each power of two up to all units, or all units alone, tiles
+    of each height. Of one batch tile, so that a new batch finds them ready."""
     plans = []
     block_s = padded(layer.hidden_size)
-    while block_s >= MIN_BLOCK:
+    least = block_s if layer.across else MIN_BLOCK
+    while block_s >= least:
         for rows in (8, 16, 32):
             found = plan_slices(layer, limits, block_s, rows)
             if found is not None:
@@ -179,6 +187,11 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         sliced and gates > 1 and H > (1152 if layer.parts == 1 else 480),
         # Three products for each of several gates, beside all tiles of a step: too many registers.
         direct and unit == "mma" and layer.parts == 2 and gates > 1 and block_s > 32,
+        # Beside the tiles of a step that normalises there is no room for more. (Three products for
+        # each of its gates spill some even so.)
+        layer.across and unit == "mma" and gates == 4 and block_s > 64,
+        layer.across and unit == "wgmma" and ragged and block_s > 64,
+        layer.across and (layer.packed or layer.regularised) and gates * block_s * itemsize > 768,
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
@@ -247,7 +260,8 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         return 8
     if unit == "wgmma":
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
-        if layer.regularised and layer.parts == 2:  # masks take registers too
+        masked = layer.regularised and layer.parts == 2  # masks take registers too
+        if masked or (layer.across and layer.gates == layer.itemsize == 4):
             units = 8
         return min(16, max(4, block_s // units))
     return min(16, max(4, block_s * layer.itemsize * several // 64))

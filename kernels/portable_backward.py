@@ -78,6 +78,7 @@ def backward_kernel(
     GATES: tl.constexpr,
     STORED: tl.constexpr,
     STEP_VJP: tl.constexpr,
+    ACROSS: tl.constexpr,  # as in the forward pass
     RECALLS: tl.constexpr,  # STEP_VJP reads the states before the step
     APPROXIMATE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -130,6 +131,9 @@ def backward_kernel(
         GATES // GROUPS * H, CHUNK, CHUNKS, PIECES,
     )  # fmt: skip
     params = load_params(param_ptrs, direction * H + units, units < H)
+    if ACROSS:
+        tl.static_assert(SLICES == 1, "a block has to hold all units of its rows")
+        params += (tl.where(units < H, 1.0 / H, 0.0),)
     zero = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
     d_state = load_or_zero(d_state_n_ptrs, state_rows + units, mask, zero)
     d_params = ()

@@ -97,6 +97,7 @@ def forward_kernel(
     GATES: tl.constexpr,
     STORED: tl.constexpr,
     STEP: tl.constexpr,
+    ACROSS: tl.constexpr,  # STEP takes, after the params, what each unit counts in a mean of all
     READS_H: tl.constexpr,  # STEP reads h itself: it is carried in float32 too
     APPROXIMATE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -152,6 +153,9 @@ def forward_kernel(
         CHUNKS, PIECES,
     )  # fmt: skip
     params = load_params(param_ptrs, direction * H + units, units < H)
+    if ACROSS:
+        tl.static_assert(SLICES == 1, "a block has to hold all units of its rows")
+        params += (tl.where(units < H, 1.0 / H, 0.0),)
     state = ()
     for s in tl.static_range(len(state0_ptrs)):
         loaded = tl.load(state0_ptrs[s] + state_rows + units, mask=mask, other=0.0)

@@ -55,7 +55,12 @@ class Cell:
     # Learnable vectors beside weights and biases: (name, initial value), the value a float or a
     # function that fills a tensor in place.
     own_params: tuple[tuple[str, Any], ...] = ()
-    across: str = ""  # what a step does with all units of a row, where it is not pointwise
+    across: bool = False  # a step reads all units of a row, where others are pointwise
+
+    @property
+    def learned(self) -> tuple[tuple[str, Any], ...]:
+        """What a module of the cell learns beside weights and biases, as own_params."""
+        return self.own_params
 
     @property
     def stored(self) -> int:

@@ -85,7 +85,7 @@ class Checked(torch.nn.RNNBase):
         # gate and without memory, make room for those of the cell.
         super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
         self.mode = mode
-        own = [name for name, _ in CELLS[mode].own_params]
+        own = [name for name, _ in CELLS[mode].learned]
         names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * self.bias, *own]
         ends = [f"_l{k}{d}" for k in range(self.num_layers) for d in ("", "_reverse")]
         self._all_weights = [[n + end for n in names] for end in ends[:: 3 - self.directions]]
@@ -100,7 +100,7 @@ class Checked(torch.nn.RNNBase):
     def reset_parameters(self) -> None:
         """Draw weights and biases as torch.nn does, and set the cell's own params as it says."""
         super().reset_parameters()
-        own = CELLS[self.cell].own_params
+        own = CELLS[self.cell].learned
         for names in self._all_weights:
             for name, (_, initial) in zip(names[len(names) - len(own) :], own):
                 weight = getattr(self, name)
@@ -255,7 +255,7 @@ class Checked(torch.nn.RNNBase):
         rows = cell.gates * self.hidden_size
         rest: list[tuple[int, ...]] = [(rows, width)] + [(rows,)] * (2 * self.bias)
         rest += [(width, self.hidden_size)] * bool(self.proj_size)
-        rest += [(self.hidden_size,)] * len(cell.own_params)
+        rest += [(self.hidden_size,)] * len(cell.learned)
         first, deeper = (rows, self.input_size), (rows, self.directions * width)
         shapes = [first, *rest] * self.directions
         return shapes + [deeper, *rest] * (self.directions * (self.num_layers - 1))

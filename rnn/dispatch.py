@@ -54,9 +54,7 @@ def choose(
         return NoPlan('backend="torch" was asked for')
     limits = _limits(backend, dtype, device)
     chosen: Plan | NoPlan
-    if cell.across:
-        chosen = NoPlan(f"a step of {cell.name} {cell.across}; the kernels take pointwise steps")
-    elif isinstance(limits, NoPlan):
+    if isinstance(limits, NoPlan):
         chosen = limits
     elif batch == 0:
         chosen = NoPlan("the batch is empty")
@@ -65,7 +63,7 @@ def choose(
     else:
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         sizes = hidden_size, batch, directions
-        layer = Layer(*numbers, *sizes, dtype, tf32_allowed(), packed, regularised)
+        layer = Layer(*numbers, *sizes, dtype, tf32_allowed(), packed, regularised, cell.across)
         chosen = plan(layer, limits)
     if isinstance(chosen, Plan):
         available = kernels.available(chosen)

@@ -109,7 +109,7 @@ class GRU(RecurrentBase[Tensor]):
         backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
         layer_norm: True for the layer-normalised GRU of Ba et al. (Layer normalization, 2016), as
             rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
-            and bias_*, (H,) each. It runs on the PyTorch path alone.
+            and bias_*, (H,) each. The kernels run it where one block holds W_hh; rnn.explain says.
 
     Source: Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, in the
     form of torch.nn.GRU.
@@ -156,7 +156,7 @@ class LSTM(RecurrentBase[tuple[Tensor, Tensor]]):
         backend, checkpoint_every, recurrent_dropout, zoneout, recurrent_grad_clip: as of rnn.RNN.
         layer_norm: True for the layer-normalised LSTM of Ba et al. (Layer normalization, 2016), as
             rnn.layer_norm writes it down. In place of bias_ih and bias_hh it has the vectors gain_*
-            and bias_*, (H,) each. It runs on the PyTorch path alone.
+            and bias_*, (H,) each. The kernels run it where one block holds W_hh; rnn.explain says.
 
     Its state is the pair (h, c), in and out.
     Source: Hochreiter and Schmidhuber, Long short-term memory, 1997; Gers et al., 2000.

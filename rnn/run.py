@@ -13,6 +13,7 @@ from .autograd import Call, Recurrence
 from .cells import CELLS
 from .kernels.limits import KernelUnavailable, Plan
 from .layer import Spec, plain
+from .layer_norm import NormedCell, with_x_gates
 
 
 def values_are_hidden(tensors: Sequence[Any]) -> bool:
@@ -54,6 +55,8 @@ def run(
     batch_sizes: Tensor | None = None,  # of packed x in a graph, in place of spec.sizes
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer on tensors that were checked before: output and the last states."""
+    if spec.input_product and isinstance(CELLS[spec.cell], NormedCell):
+        spec, x, tensors = with_x_gates(spec, x, lengths, tensors)
     cell, S = spec.stored_cell, CELLS[spec.cell].states
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
     if torch.compiler.is_compiling() and not transformed():

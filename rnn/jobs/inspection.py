@@ -78,7 +78,7 @@ def gates_module(module: Any, layer: int, suffix: str) -> Any:
         alone.weight_ih_l0.copy_(torch.eye(GH))
         alone.weight_hh_l0.copy_(weight_hh)
         biases = ("bias_ih", "bias_hh") if module.bias else ()
-        for name in (*biases, *(own for own, _ in cell.own_params)):
+        for name in (*biases, *(own for own, _ in cell.learned)):
             getattr(alone, f"{name}_l0").copy_(getattr(module, f"{name}_l{layer}{suffix}"))
     return alone.requires_grad_(False)
 
