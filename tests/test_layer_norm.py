@@ -125,7 +125,7 @@ def test_results_and_gradients(cell, hidden, T, B, lengths, backend, dtype, chec
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", EACH_CELL, ids=str)
+@pytest.mark.parametrize("shape", [EACH_CELL[k] for k in (0, 1, 7)], ids=str)
 @each_cell
 def test_the_step_alone(cell, shape, backend, checked, nan_filled):
     """By rnn.recurrence, to whom x_gates are given."""
@@ -134,7 +134,7 @@ def test_the_step_alone(cell, shape, backend, checked, nan_filled):
 
 @each_cell
 def test_the_kernels_in_16_bits(cell, checked, nan_filled):
-    check(EACH_CELL[3]._replace(cell=f"{cell}_norm"), torch.float16, "triton", "cpu")
+    check(EACH_CELL[2]._replace(cell=f"{cell}_norm"), torch.float16, "triton", "cpu")
 
 
 RESETS = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)) < 0.4
