@@ -65,8 +65,9 @@ class Job(NamedTuple):
         cell = find_cell(self.cell)
         numbers = cell.gates, cell.states, cell.stored, len(cell.params)
         dtype, tf32, _ = DTYPES[self.dtype]
-        layer = Layer(*numbers, self.H, self.batch, 1, dtype, tf32, self.lengths == "packed")
-        return plan(layer._replace(across=cell.across), CHIPS[self.target].limits())
+        sizes, packed = (self.H, self.batch, 1), self.lengths == "packed"
+        layer = Layer(*numbers, *sizes, dtype, tf32, packed, across=cell.across)
+        return plan(layer, CHIPS[self.target].limits())
 
 
 # ------------------------------------------------------------------------------- compilation

@@ -124,7 +124,7 @@ def test_results_and_gradients(cell, hidden, T, B, lengths, backend, dtype, chec
     assert_same(got, want, 1e-10 if dtype == torch.float64 else 1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("shape", [EACH_CELL[k] for k in (0, 1, 7)], ids=str)
 @each_cell
 def test_the_step_alone(cell, shape, backend, checked, nan_filled):
