@@ -47,8 +47,10 @@ Row = dict[str, Any]  # a line of the table, by column
 
 
 def find_cell(name: str) -> Cell:
-    layer_norm.register()
-    return CELLS[name] if name in NORMED else cell_named(name)
+    if name in NORMED:
+        layer_norm.register()
+        return CELLS[name]
+    return cell_named(name)
 
 
 class Job(NamedTuple):

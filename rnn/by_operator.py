@@ -17,7 +17,8 @@ from .run import needs_plain_operations
 
 def exported_with_fixed_steps(p: Prepared) -> bool:
     """Whether torch.export is tracing a call whose number of steps is no symbol."""
-    if not torch.compiler.is_exporting():
+    # is_exporting() returns this flag. In a graph Dynamo of torch 2.11 takes that call for True.
+    if not torch.compiler._is_exporting_flag:
         return False
     # It imports sympy, so it is asked where torch.export has done so.
     from torch.fx.experimental.symbolic_shapes import has_static_value

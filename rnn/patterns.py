@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from .cells import Cell
 from .functional import check_lengths
 from .generation import Generated, State, evaluating, generate
+from .loss import IGNORED, cross_entropy
 from .modules import module_of
 from .recurrent import RecurrentBase
-
-IGNORED = -100  # a label that the loss leaves out
+from .rows import active_steps
 
 
 def recurrent(
@@ -60,29 +60,6 @@ def final_hidden(state: State, directions: int) -> Tensor:
     """h of the last layer after each row's last step, (B, D * H): both directions side by side."""
     h_n = state if isinstance(state, Tensor) else state[0]
     return torch.cat(h_n[-directions:].unbind(0), 1)
-
-
-def past_the_ends(lengths: Tensor, T: int) -> Tensor:
-    """(T, B) bool: True at the steps past each row's length."""
-    return torch.arange(T, device=lengths.device)[:, None] >= lengths
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not IGNORED, in nats, in float32 or better: 0, with zero
-    gradients, if there is none.
-
-    Raises ValueError unless labels have the shape of logits without their last dimension.
-    """
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must be {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}, "
-            f"for logits {tuple(logits.shape)}"
-        )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = labels.flatten()
-    # Not the mean of torch: over no label that is 0 / 0.
-    total = F.cross_entropy(logits.flatten(0, -2), labels, ignore_index=IGNORED, reduction="sum")
-    return total / labels.ne(IGNORED).sum().clamp(min=1)
 
 
 class Pattern(nn.Module):
@@ -223,7 +200,7 @@ class ManyToMany(Pattern):
         """Mean cross-entropy of labels (T, B) over the steps before the ends, in nats."""
         logits = self(x, lengths)
         if lengths is not None:
-            ended = past_the_ends(lengths.to(labels.device), len(labels))
+            ended = ~active_steps(lengths.to(labels.device), len(labels))
             labels = labels.masked_fill(ended, IGNORED)
         return cross_entropy(logits, labels)
 
@@ -297,7 +274,7 @@ class OneToMany(nn.Module):
         if lengths is not None:
             check_lengths(lengths, T, B)
             lengths = lengths.to(targets.device)
-            targets = targets.masked_fill(past_the_ends(lengths, T), self.end)
+            targets = targets.masked_fill(~active_steps(lengths, T), self.end)
             lengths = lengths + 1  # the step that writes the end symbol
         before = F.pad(self.symbols(targets), (0, 0, 0, 0, 1, 0))  # nothing before the first step
         output, _ = self.rnn(self.condition(self.embedding(x)) + before, lengths=lengths)
@@ -310,8 +287,8 @@ class OneToMany(nn.Module):
         T, B = targets.shape
         ends = targets.new_full((B,), T) if lengths is None else lengths.to(targets.device)
         labels = F.pad(targets, (0, 0, 0, 1), value=self.end)
-        labels = labels.masked_fill(past_the_ends(ends, T + 1), self.end)
-        return cross_entropy(logits, labels.masked_fill(past_the_ends(ends + 1, T + 1), IGNORED))
+        labels = labels.masked_fill(~active_steps(ends, T + 1), self.end)
+        return cross_entropy(logits, labels.masked_fill(~active_steps(ends + 1, T + 1), IGNORED))
 
     @torch.no_grad()
     def generate(self, x: Tensor, **how: Any) -> Generated:

@@ -1,4 +1,6 @@
 import os
+import signal
+from importlib.util import find_spec
 
 import torch
 
@@ -8,6 +10,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from interpreted import patch_language_once_a_launch
+
+    patch_language_once_a_launch()
+
+# A shell that puts pytest into the background has it ignore Ctrl-C, and nohup a hang-up: the tests
+# of both would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Processes of pytest-xdist share the cores: threads that wait for each other cost seconds a step.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -95,10 +107,10 @@ def fresh_compiler():
     dynamo.reset()
 
 
-@pytest.fixture(scope="module")
-def derived(tmp_path_factory):
-    """A test may derive cells: they are no part of the tables that other tests read, and their
-    files lie in a folder of their own. Returns that folder."""
+@pytest.fixture(scope="module", autouse=True)
+def tables():
+    """Cells that a test derives, or that a module of it brings, are no part of the tables that the
+    tests of other files read."""
     from rnn import cells, dispatch
 
     tables = [cells.CELLS]
@@ -106,13 +118,20 @@ def derived(tmp_path_factory):
         from rnn.kernels import cells as tiles
 
         tables.append(tiles.CELLS)
-    before, folder = [dict(table) for table in tables], tmp_path_factory.mktemp("derived")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(folder))
-        yield folder / "fused_rnn"
+    before = [dict(table) for table in tables]
+    yield
     for table, entries in zip(tables, before):
         table.clear()
         table.update(entries)
+
+
+@pytest.fixture(scope="module")
+def derived(tables, tmp_path_factory):
+    """A test may derive cells: their files lie in a folder of their own. Returns that folder."""
+    folder = tmp_path_factory.mktemp("derived")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder))
+        yield folder / "fused_rnn"
 
 
 @pytest.fixture(scope="module")

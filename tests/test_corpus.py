@@ -15,7 +15,7 @@ from commands import ENVIRONMENT, TEXT
 from rnn.jobs import corpus as corpus_module
 from rnn.jobs.cli import JobError
 from rnn.jobs.corpus import Corpus, count_models, read_text, streams
-from rnn.patterns import IGNORED
+from rnn.loss import IGNORED
 
 # What it reads
 

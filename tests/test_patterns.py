@@ -21,7 +21,7 @@ from pattern_models import (
 from twins import CELLS, KINDS
 
 import rnn
-from rnn.patterns import IGNORED, cross_entropy
+from rnn.loss import IGNORED, cross_entropy
 
 
 def by_torch_nn(module, x):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patterns import IGNORED
+from ..loss import IGNORED
 from .cli import JobError
 
 SHORTEST_TEXT = 1000  # characters

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import ManyToMany
 from ..generation import State, map_state
-from ..patterns import IGNORED
+from ..loss import IGNORED
 from .checkpoint import fits
 from .cli import SAVE_EVERY, JobError
 from .corpus import Corpus, streams
