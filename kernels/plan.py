@@ -172,10 +172,18 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     # mma and wgmma spread a product over a warp so that single accesses still fill whole sectors.
     # Slices meet in memory anyway; tcgen05 and mfma are untried.
     # Higher tiles do not leave the registers for it.
-    direct = unit in ("mma", "wgmma") and not sliced and rows == 8
+    single = unit in ("mma", "wgmma")
+    # A step that normalises needs registers of its own. In float32, beside masks, and where many
+    # elements take one each, only tiles that go by way of shared memory leave them.
+    many = ragged and block_s > (32 if layer.packed else 64)
+    crowded_step = layer.across and (itemsize == 4 or layer.regularised or many)
+    direct = single and not sliced and rows == 8 and not crowded_step
     refusals = (
         rows < 16 and (unit == "mfma" or (unit == "tcgen05" and not mma)),
-        rows < 16 and padded(H) < 128 and layer.parts == 1 and not (direct or (crowded and mma)),
+        rows < 16
+        and padded(H) < 128
+        and layer.parts == 1
+        and not (direct or (layer.across and single) or (crowded and mma)),
         # Wider tiles need fewer launches, where blocks wait for each other and so must all be
         # resident; they leave registers enough where wgmma reads a short h from shared memory.
         rows > 16 and not (sliced and unit == "wgmma" and not mma and gates == 1),
@@ -187,11 +195,7 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         sliced and gates > 1 and H > (1152 if layer.parts == 1 else 480),
         # Three products for each of several gates, beside all tiles of a step: too many registers.
         direct and unit == "mma" and layer.parts == 2 and gates > 1 and block_s > 32,
-        # Beside the tiles of a step that normalises there is no room for more. (Three products for
-        # each of its gates spill some even so.)
-        layer.across and unit == "mma" and gates == 4 and block_s > 64,
-        layer.across and unit == "wgmma" and ragged and block_s > 64,
-        layer.across and (layer.packed or layer.regularised) and gates * block_s * itemsize > 768,
+        layer.across and no_room_to_normalise(layer, unit, block_s, rows, ragged),
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
@@ -247,6 +251,19 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     )
 
 
+def no_room_to_normalise(layer: Layer, unit: str, block_s: int, rows: int, ragged: bool) -> bool:
+    """Whether a step that reads all units of a row would spill beside its tiles."""
+    gates, single = layer.gates, unit in ("mma", "wgmma")
+    more = layer.packed or layer.regularised  # offsets, masks
+    return (
+        (single and rows > 8)
+        or (unit == "mma" and gates == 4 and block_s > 64)
+        or (unit == "wgmma" and ragged and block_s > 64)
+        or (unit == "wgmma" and layer.parts == 2 and block_s > 32)
+        or (more and gates * block_s * layer.itemsize > 768)
+    )
+
+
 def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ragged: bool) -> int:
     """As few warps as have the registers: each reads all of h from shared memory. With wgmma four
     warps take 64 rows of W_hh between them, and more than there are rows would read it twice; with
@@ -262,8 +279,10 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
         masked = layer.regularised and layer.parts == 2  # masks take registers too
         if masked or (layer.across and layer.gates == layer.itemsize == 4):
-            units = 8
+            units = 4 if masked and layer.across else 8
         return min(16, max(4, block_s // units))
+    if layer.across and layer.gates == 4 and (layer.packed or layer.regularised):
+        several = 4
     return min(16, max(4, block_s * layer.itemsize * several // 64))
 
 

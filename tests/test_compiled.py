@@ -37,6 +37,9 @@ JOBS = [
     Job("sm_90", "gru", 128, "tf32"),
     Job("sm_90", "lstm", 512, "float16", "padded"),
     Job("sm_90", "lstm", 128, "bfloat16", "packed"),
+    Job("sm_80", "lstm_norm", 33, "bfloat16", "packed"),
+    Job("sm_90", "lstm_norm", 17, "float32"),
+    Job("sm_90", "gru_norm", 128, "bfloat16", "padded"),
     Job("sm_100", "gru", 64, "bfloat16"),
     Job("gfx942", "rnn_tanh", 64, "bfloat16"),
 ]
