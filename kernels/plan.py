@@ -195,7 +195,8 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
         sliced and gates > 1 and H > (1152 if layer.parts == 1 else 480),
         # Three products for each of several gates, beside all tiles of a step: too many registers.
         direct and unit == "mma" and layer.parts == 2 and gates > 1 and block_s > 32,
-        layer.across and no_room_to_normalise(layer, unit, block_s, rows, ragged),
+        layer.across
+        and ((single and rows > 8) or spills_to_normalise(layer, unit, block_s, ragged)),
         # tcgen05's epilogue leaves no registers for so many single accesses.
         unit == "tcgen05" and ragged and block_s > 128 and not mma,
     )
@@ -251,16 +252,14 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     )
 
 
-def no_room_to_normalise(layer: Layer, unit: str, block_s: int, rows: int, ragged: bool) -> bool:
-    """Whether a step that reads all units of a row would spill beside its tiles."""
-    gates, single = layer.gates, unit in ("mma", "wgmma")
+def spills_to_normalise(layer: Layer, unit: str, block_s: int, ragged: bool) -> bool:
+    """Whether a step that reads all units of a row has no registers beside its tiles."""
     more = layer.packed or layer.regularised  # offsets, masks
     return (
-        (single and rows > 8)
-        or (unit == "mma" and gates == 4 and block_s > 64)
+        (unit == "mma" and layer.gates == 4 and block_s > 64)
         or (unit == "wgmma" and ragged and block_s > 64)
         or (unit == "wgmma" and layer.parts == 2 and block_s > 32)
-        or (more and gates * block_s * layer.itemsize > 768)
+        or (more and layer.gates * block_s * layer.itemsize > 768)
     )
 
 
@@ -282,7 +281,7 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
             units = 4 if masked and layer.across else 8
         return min(16, max(4, block_s // units))
     if layer.across and layer.gates == 4 and (layer.packed or layer.regularised):
-        several = 4
+        several = 4  # offsets or masks beside all that such a step holds
     return min(16, max(4, block_s * layer.itemsize * several // 64))
 
 

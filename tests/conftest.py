@@ -19,7 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 # A shell that puts pytest into the background has it ignore Ctrl-C, and nohup a hang-up: the tests
 # of both would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Processes of pytest-xdist share the cores: threads that wait for each other cost seconds a step.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):

@@ -320,7 +320,7 @@ CHANGES: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
             "            False  # create_graph",
         ),
     },
-    ("rnn/autograd.py", "tests/test_autograd.py -k changed_in_place"): {
+    ("rnn/autograd.py", "tests/test_changed_in_place.py"): {
         "input-always-saved": ("x if read else None, lengths", "x, lengths"),
         "version-of-the-input-ignored": ("x._version != ctx.version", "False"),
     },
