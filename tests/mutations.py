@@ -20,7 +20,7 @@ REGULARISED = "tests/test_regularisers.py -k 'results_and and triton'"
 TORCH = "tests/test_recurrence.py -k test_torch_backend"
 TRITON = "tests/test_recurrence.py -k test_kernels"
 GRADIENTS = "tests/test_gradients.py"
-AUTOGRAD = "tests/test_autograd.py"
+AUTOGRAD = "tests/test_autograd.py tests/test_changed_in_place.py"
 PRECISION = "tests/test_precision.py"
 GENERIC = "tests/test_generic.py -k 'module or without or places'"
 
