@@ -299,8 +299,8 @@ def steps_of_iteration(
     if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
         few = layer.stored + layer.params < 7  # tiles that a step backward holds beside W_hh
         return 4, 4 if few else 1
-    if layer.gates == 1:
-        return 4, 1 if layer.states > 1 else 2 if ragged else 4
+    if layer.gates == layer.states == 1:
+        return 4, 2 if ragged else 4
     return 2, 1
 
 
