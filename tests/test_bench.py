@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import twins
 
 from bench import __main__ as command
 from bench import report
@@ -50,7 +51,7 @@ def test_every_cell_is_measured_and_every_case_is_read_from_its_name(gpu):
 @pytest.mark.parametrize("kind", [(), (2, True, True)], ids=["plain", "deep"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_who_is_right_is_timed(cell, kind, dtype):
-    providers = ["auto", "torch-path", "torch.nn", "loop"]
+    providers = ["auto", "torch-path", "loop", *(["torch.nn"] if cell in twins.CELLS else [])]
     rows = measured(Case(cell, 4, 3, 5, 6, *kind)._replace(dtype=dtype), providers)
     for row in rows.values():
         assert (row.status, row.reason) == (MEASURED, "") and row.error <= 10 * DTYPES[dtype].floor

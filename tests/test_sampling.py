@@ -151,13 +151,13 @@ def test_a_language_model_of_any_cell(cell, tmp_path, capsys):
     saved = torch.load(path)
     assert len(saved["losses"]) > steps and saved["settings"]["cell"] == cell
     assert sum(saved["losses"][-5:]) < sum(saved["losses"][:5])
-    assert isinstance(saved["state"], tuple) == (cell == "lstm")
+    assert isinstance(saved["state"], tuple) == (CELLS[cell].states > 1)
     said = capsys.readouterr().out
     assert f"cell: {cell}\n" in said
     assert len(sampled(capsys, path, "--length", 20)) == 21
 
     assert main(["inspect", str(path), "--text", "3 times 4"]) == 0
-    names = {"gru": "rzn", "lstm": "ifgo"}[cell]
+    names = {"gru": "rzn", "lstm": "ifgo"}.get(cell, range(CELLS[cell].gates))
     radii = r", ".join(rf"{name} \d\.\d\d" for name in names)
     assert re.search(rf"layer 1: spectral radius {radii}; gradient", capsys.readouterr().out)
     line = refusal(capsys, "--resume", "--cell", "rnn_tanh", "--out", tmp_path)
