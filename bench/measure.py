@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnn.modules import MODULES, cell_named
+from rnn.modules import cell_named
 
 from .cases import DTYPES, Case
 from .providers import PROVIDERS, CannotError, Model, Weights, build_loop, construct
@@ -143,7 +143,10 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     norm = 2.0 if case.cell == "rnn_relu" else math.inf
     models: dict[str, Model] = {}
     allowed = [DTYPES[case.dtype].floor] * len(names)
-    first = "torch.nn" if case.cell in MODULES else "loop"
+    try:
+        PROVIDERS[first := "torch.nn"](case, p.weights)
+    except CannotError:
+        first = "loop"
     for provider in sorted({first, *rows}, key=lambda name: name != first):
         row = rows.get(provider, Row(str(case), provider))
         with reported(row):

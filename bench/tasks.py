@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from rnn.modules import GALLERY
+from rnn.modules import NAMES
 from rnn.patterns import ManyToMany, ManyToOne, Pattern, cross_entropy
 
 from . import store
@@ -101,11 +101,10 @@ NETWORKS = {
     "tanh": Network("rnn_tanh"),
     "tanh, orthogonal": Network("rnn_tanh", orthogonal),
     "relu, identity": Network("rnn_relu", identity),
-    "gru": Network("gru"),
-    "lstm": Network("lstm"),
-    **{name: Network(name) for name in GALLERY},
+    **{name: Network(name) for name in NAMES if not name.startswith("rnn_")},
 }
 ELMAN, GATED = ("tanh", "tanh, orthogonal", "relu, identity"), ("gru", "lstm")
+OTHERS = [name for name in NETWORKS if name not in ELMAN + GATED]
 
 
 class Job(NamedTuple):  # one run, with all that decides its outcome
@@ -207,8 +206,8 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench.tasks", None, __doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default="runs/tasks", help="default: runs/tasks")
-    which = f"run adding at T = 50 with these instead: {', '.join(GALLERY)}"
-    parser.add_argument("--cell", nargs="+", choices=GALLERY, metavar="NAME", help=which)
+    which = f"run adding at T = 50 with these instead: {', '.join(OTHERS)}"
+    parser.add_argument("--cell", nargs="+", choices=OTHERS, metavar="NAME", help=which)
     args = parser.parse_args()
     jobs = jobs_of(args.cell) if args.cell else JOBS
     torch.set_num_threads(1)  # a step is too small to share

@@ -377,4 +377,7 @@ def test_projection(backend):
 def test_cells_of_the_table_are_those_tested():
     from rnn.cells import CELLS as TABLE
 
-    assert set(CELLS) == set(TABLE) == set(rnn.modules.MODULES)
+    modules = {name: make(2, 3) for name, make in rnn.modules.MODULES.items()}
+    assert set(modules) == set(TABLE)
+    found = rnn.convert(torch.nn.ModuleDict(modules), to="torch")
+    assert {line.path for line in found if not line.why_not} == set(CELLS)

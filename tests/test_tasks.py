@@ -11,7 +11,7 @@ from torch import Generator, nn
 
 from bench import tasks
 from bench.tasks import JOBS, NETWORKS, TASKS, Job, Network
-from rnn.modules import GALLERY, NAMES
+from rnn.modules import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,7 +106,7 @@ def test_initial_weights():
 
 def test_every_cell_takes_part_and_no_job_comes_twice():
     assert {network.cell for network in NETWORKS.values()} == set(NAMES)
-    jobs = [*JOBS, *tasks.jobs_of(GALLERY)]
+    jobs = [*JOBS, *tasks.jobs_of(tasks.OTHERS)]
     assert {job.network for job in jobs} == set(NETWORKS)
     assert len(set(jobs)) == len(jobs)
 
