@@ -154,12 +154,11 @@ def is_ragged(layer: Layer) -> bool:
     return layer.hidden_size * layer.itemsize % VECTOR != 0
 
 
-def most_registers(layer: Layer, num_warps: int, whole: int, rows: int) -> int:
+def most_registers(layer: Layer, num_warps: int, rows: int) -> int:
     """That W_hh may take in the forward pass: a thread has 255, or 128 where there are 16 warps."""
     if num_warps == 16:
         return 64 if rows == 8 and layer.itemsize == 2 and not is_ragged(layer) else 32
-    cut_off = layer.itemsize == 4 and layer.hidden_size < whole  # tiles that W_hh does not fill
-    return 64 if is_ragged(layer) or cut_off else 128
+    return 64 if is_ragged(layer) or layer.itemsize == 4 else 128
 
 
 def sizes(layer: Layer, limits: Limits, least: int) -> Iterator[tuple[int, int]]:
@@ -180,13 +179,14 @@ def forward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if ragged_alone(layer, ctas, num_warps):
             continue
         chunk, held = whole, 0
-        if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps, whole, rows):
+        if registers(tall, whole, num_warps, size) > most_registers(layer, num_warps, rows):
             if num_warps == 16 or rows > 8 or (is_ragged(layer) and num_warps > 4):
                 continue
-            # A third stays in registers; of more than three parts there are none for it.
-            chunk = 512 // size if H <= 1536 // size else whole
-            if size == 4 and H % chunk != 0:
+            if size == 4 and H % 128 != 0:
                 continue
+            # A third stays in registers; of more than three parts there are none for it, nor beside
+            # float32.
+            chunk = 256 if size == 2 and H <= 768 else whole
             held = max(1, -(-H // chunk) - 1)
         elements = block_s * rows / (32 * num_warps)  # of a thread, of each tile
         k_steps = (whole * size // 32) * (tall // (16 * num_warps))
@@ -232,8 +232,9 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if taken > most:  # fewer than forward: there are more other tiles
             if ctas < 16 or num_warps != 8 or rows > 8:
                 continue
-            held = 1
-            if registers(whole, (gates - 1) * block_s, num_warps, size) > most:
+            few = layer.stored + layer.params < 6  # other tiles: no more than an LSTM has
+            held = min(gates, 1 if few else 3)
+            if registers(whole, (gates - held) * block_s, num_warps, size) > most:
                 continue
         if rows > 8 and (taken > 64 or num_warps == 16):
             continue

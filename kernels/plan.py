@@ -161,8 +161,10 @@ def plan_slices(layer: Layer, limits: Limits, block_s: int, rows: int) -> Portab
     ragged = H * itemsize % VECTOR != 0
     # Four gates that lie one below the other make one tall product of four low ones, so that each
     # warp has rows of W_hh of its own. Of three, a quarter would be empty: only where each product
-    # would be too low for more than one warp. tcgen05 leaves too few registers for it.
-    stacked = sliced and unit != "tcgen05" and block_s <= {3: 16, 4: 64}.get(gates, 0)
+    # would be too low for more than one warp. tcgen05 leaves too few registers for it, and so
+    # do sums over many units in two parts.
+    short = unit == "tcgen05" or (layer.parts == 2 and H > 256)
+    stacked = sliced and not short and block_s <= {3: 16, 4: 64}.get(gates, 0)
     tall = block_s * (4 if stacked else 1)
     # wgmma and tcgen05 take 64 rows of W_hh at least; with fewer, they are left to mma.
     mma = unit in ("mma", "mfma") or tall < 64
@@ -277,7 +279,7 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
     if unit == "wgmma":
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
         masked = layer.regularised and layer.parts == 2  # masks take registers too
-        if masked or (layer.across and layer.gates == layer.itemsize == 4):
+        if masked or (layer.gates == layer.itemsize == 4 and (layer.across or layer.parts == 2)):
             units = 4 if masked and layer.across else 8
         return min(16, max(4, block_s // units))
     if layer.across and layer.gates == 4 and (layer.packed or layer.regularised):
@@ -296,7 +298,7 @@ def steps_of_iteration(
         return 1, 1
     if layer.regularised:  # masks take registers too
         return (2, 2) if weights < 128 and layer.itemsize == 2 else (1, 1)
-    if weights < 128 and (layer.gates < 4 or layer.itemsize == 2):
+    if weights < (128 if num_warps < 16 else 64) and (layer.gates < 4 or layer.itemsize == 2):
         few = layer.stored + layer.params < 7  # tiles that a step backward holds beside W_hh
         return 4, 4 if few else 1
     if layer.gates == layer.states == 1:

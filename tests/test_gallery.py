@@ -109,10 +109,11 @@ def test_bytes(gallery):
 
 
 COMPILED = [
-    ("sm_80", "slstm", 64),
-    ("sm_80", "peephole_lstm", 64),
-    ("sm_80", "spiking", 256),
-    ("sm_90", "slstm", 64),
+    ("sm_80", "slstm", 64, "bfloat16"),
+    ("sm_80", "mgu", 128, "tf32"),
+    ("sm_80", "peephole_lstm", 64, "bfloat16"),
+    ("sm_80", "spiking", 256, "bfloat16"),
+    ("sm_90", "slstm", 384, "bfloat16"),
 ]
 
 
@@ -120,7 +121,7 @@ def rows_of_all() -> list:
     """In a process of its own, where kernels are compiled."""
     from bench.compiled import Job, rows_of
 
-    return [rows_of(Job(*which, "bfloat16")) for which in COMPILED]
+    return [rows_of(Job(*which)) for which in COMPILED]
 
 
 def test_no_spills(monkeypatch):
