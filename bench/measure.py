@@ -143,9 +143,10 @@ def right_models(case: Case, p: Problem, rows: dict[str, Row]) -> dict[str, Mode
     norm = 2.0 if case.cell == "rnn_relu" else math.inf
     models: dict[str, Model] = {}
     allowed = [DTYPES[case.dtype].floor] * len(names)
+    first = "torch.nn"
     try:
-        PROVIDERS[first := "torch.nn"](case, p.weights)
-    except CannotError:
+        PROVIDERS[first](case, p.weights)
+    except CannotError:  # it has no such cell
         first = "loop"
     for provider in sorted({first, *rows}, key=lambda name: name != first):
         row = rows.get(provider, Row(str(case), provider))

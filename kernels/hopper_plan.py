@@ -232,8 +232,9 @@ def backward_passes(layer: Layer, limits: Limits, rows: int) -> Iterator[Pass]:
         if taken > most:  # fewer than forward: there are more other tiles
             if ctas < 16 or num_warps != 8 or rows > 8:
                 continue
-            few = layer.stored + layer.params < 6  # other tiles: no more than an LSTM has
-            held = min(gates, 1 if few else 3)
+            # One gate's tile lies in shared memory; three, where a cell has more other tiles than
+            # an LSTM.
+            held = min(gates, 1 if layer.stored + layer.params < 6 else 3)
             if registers(whole, (gates - held) * block_s, num_warps, size) > most:
                 continue
         if rows > 8 and (taken > 64 or num_warps == 16):

@@ -279,6 +279,7 @@ def warps(layer: Layer, unit: str, block_s: int, sliced: bool, stacked: bool, ra
     if unit == "wgmma":
         units = 16 if not ragged else 32 if layer.gates == 1 else 8  # of a warp
         masked = layer.regularised and layer.parts == 2  # masks take registers too
+        # So do, of four gates in float32, a step that normalises and products in two parts.
         if masked or (layer.gates == layer.itemsize == 4 and (layer.across or layer.parts == 2)):
             units = 4 if masked and layer.across else 8
         return min(16, max(4, block_s // units))
@@ -298,7 +299,8 @@ def steps_of_iteration(
         return 1, 1
     if layer.regularised:  # masks take registers too
         return (2, 2) if weights < 128 and layer.itemsize == 2 else (1, 1)
-    if weights < (128 if num_warps < 16 else 64) and (layer.gates < 4 or layer.itemsize == 2):
+    spare = 128 if num_warps < 16 else 64  # registers of a thread; 16 warps have half of them
+    if weights < spare and (layer.gates < 4 or layer.itemsize == 2):
         few = layer.stored + layer.params < 7  # tiles that a step backward holds beside W_hh
         return 4, 4 if few else 1
     if layer.gates == layer.states == 1:

@@ -69,8 +69,8 @@ def unpack(x, lengths, T):
 def weight_gradient(case: Case, p: Problem, output, d_h_gates):
     """By its equation, one step and row at a time; 16-bit products are summed in float32, as a
     matrix product does it."""
-    dtype = p.weight_hh.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(p.weight_hh.dtype, torch.float32)
+    output, d_h_gates, state0 = (x.to(wide) for x in (output, d_h_gates, p.state0[0]))
     d_weight_hh = torch.zeros_like(p.weight_hh, dtype=wide)
     for d in range(case.directions):
         h = output.chunk(case.directions, -1)[d]
@@ -82,9 +82,9 @@ def weight_gradient(case: Case, p: Problem, output, d_h_gates):
                 end = case.T if p.lengths is None else int(p.lengths[b])
                 if t < end:
                     start = before < 0 or before >= end
-                    h_prev = p.state0[0][d, b] if start else h[before, b]
-                    d_weight_hh[d] += torch.outer(d_gates[t, b].to(wide), h_prev.to(wide))
-    return d_weight_hh.to(dtype)
+                    h_prev = state0[d, b] if start else h[before, b]
+                    d_weight_hh[d] += torch.outer(d_gates[t, b], h_prev)
+    return d_weight_hh.to(p.weight_hh.dtype)
 
 
 def run(

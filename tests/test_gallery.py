@@ -113,6 +113,7 @@ COMPILED = [
     ("sm_80", "mgu", 128, "tf32"),
     ("sm_80", "peephole_lstm", 64, "bfloat16"),
     ("sm_80", "spiking", 256, "bfloat16"),
+    ("sm_90", "slstm", 64, "bfloat16"),
     ("sm_90", "peephole_lstm", 512, "bfloat16"),
 ]
 
